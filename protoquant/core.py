@@ -186,6 +186,6 @@ def progress(
     quiet: bool = False,# show nothing
     **kw):
     "`it` with a progress line: done, speed, time left."
-    slow = not sys.stderr.isatty()
-    return tqdm(it, desc=desc, total=total, unit=unit, disable=quiet or None if not slow else quiet,
-                mininterval=5 if slow else .2, dynamic_ncols=not slow, file=sys.stderr, leave=True, **kw)
+    log = not sys.stderr.isatty()   # a log gets a line every few seconds, a terminal a moving bar
+    return tqdm(it, desc=desc, total=total, unit=unit, disable=quiet, mininterval=5 if log else .2, dynamic_ncols=not log,
+                file=sys.stderr, **kw)
