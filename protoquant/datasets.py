@@ -482,7 +482,7 @@ def _rest(self: Resume, url):
         require_space(self.part.parent, (size or 0) - have, f"the download of {url}")
         with open(self.part, "ab" if have else "wb") as f, \
              progress(None, "download", size, "B", self.quiet, initial=have, unit_scale=True) as bar:
-            for chunk in r.iter_content(1 << 18): f.write(chunk); bar.update(len(chunk))
+            for chunk in r.iter_content(1 << 14): f.write(chunk); bar.update(len(chunk))
     return size is None or self._have() >= size
 
 # %% ../nbs/02_datasets.ipynb #02-datas-044
