@@ -63,13 +63,11 @@ def presence_of(
     check_temperature(temperature)
     book = book.to(device)
     out = torch.empty(len(tokens), len(book))
-    dirs, mu = book.directions().T.contiguous(), book.center
+    dirs = book.directions().T.contiguous()
     per = max(1, budget // (4 * dirs.shape[1] * tokens.positions))
     with progress(None, "presence", len(tokens), "image", quiet) as bar:
         for rows, z in tokens.batches(per, device):
-            z = z - mu
-            z = z / (z.norm(dim=-1, keepdim=True) + 1e-6)
-            logit = (z.flatten(0, 1) @ dirs).div_(temperature)
+            logit = (book.space(z.flatten(0, 1)) @ dirs).div_(temperature)
             lse = _logsumexp(logit)
             top = logit[:, :len(book)].sub_(lse[:, None]).unflatten(0, (len(rows), -1)).amax(1)
             out[rows] = top.exp_().cpu(); bar.update(len(rows))
