@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 
-from protoquant import datasets as D
+from protoquant import datasets as D, toybirds
 from protoquant.core import ConfigError, DataError
 
 SIZE = (60, 40)
@@ -343,6 +343,55 @@ def test_funnybirds(tmp_path):
 def test_funnybirds_bad(tmp_path, break_it, said):
     break_it(mini_funny(tmp_path))
     with pytest.raises(DataError, match=said): D.load("funnybirds", tmp_path)
+
+
+# ToyBirds -------------------------------------------------------------------------------------------------------------------------
+
+def test_toybirds_in_memory_and_on_disk(tmp_path):
+    kw = dict(n_train_per_class=2, n_test_per_class=1, classes=4, seed=3)
+    toybirds.write_cub(tmp_path/"CUB_200_2011", **kw)
+    for crop in ("none", "bbox"):
+        mem, disk = D.load("toybirds", crop=crop, **kw), D.load("cub", tmp_path, crop=crop)
+        for a, b in ((mem.train, disk.train), (mem.test, disk.test)):
+            assert a.labels.tolist() == b.labels.tolist() and len(a) == len(b)
+            for i in range(len(a)):
+                assert np.array_equal(np.asarray(a.image(i)), np.asarray(b.image(i))) and np.array_equal(np.asarray(a.full_image(i)), np.asarray(b.full_image(i)))
+                assert (a.bbox(i), a.parts(i), a.crop_box(i), a.image_size(i)) == (b.bbox(i), b.parts(i), b.crop_box(i), b.image_size(i))
+
+
+def test_toybirds_defaults():
+    ds = D.load("toybirds")
+    assert (len(ds.train), len(ds.test), ds.n_classes, ds.crop, ds.resize) == (1500, 500, 50, "none", "squash")
+    assert len(set(ds.train.ids)) == 1500 and (np.bincount(ds.test.labels) == 10).all() and ds.train.bad_images() == {}
+
+
+def test_toybirds_identity(monkeypatch):
+    def make(**kw): return D.load("toybirds", **(dict(n_train_per_class=2, n_test_per_class=1, classes=3) | kw))
+    a, b = make(), make()
+    assert (a.fingerprint, a.train.stamp, a.test.stamp) == (b.fingerprint, b.train.stamp, b.test.stamp)
+    others = [make(seed=1), make(classes=4), make(n_train_per_class=3), make(crop="bbox")]
+    assert len({x.train.fingerprint for x in (a, *others)}) == len({x.train.stamp for x in (a, *others)}) == 5
+    assert a.train.subset([0, 1]).stamp != a.train.subset([2, 3]).stamp != a.train.stamp
+    for i in range(2): assert np.array_equal(np.asarray(a.train.image(i)), np.asarray(b.train.image(i)))
+    more = make(n_train_per_class=3).train                        # more images a class: the old ones stay as they are
+    assert set(a.train.ids) <= set(more.ids) and np.array_equal(np.asarray(more.image(more.ids.index(a.train.ids[-1]))), np.asarray(a.train.image(len(a.train) - 1)))
+    draw = toybirds.render                                        # another drawing, another store
+    before = a.train.stamp
+    monkeypatch.setattr(toybirds, "render", lambda *x, **k: draw(*x, **k).transpose(Image.Transpose.FLIP_TOP_BOTTOM))
+    assert make().train.stamp != before and make().fingerprint == a.fingerprint
+
+
+def test_toybirds_scene_allows_interventions():
+    s = D.load("toybirds", n_train_per_class=1, n_test_per_class=1, classes=2).train.subset([1])
+    whole, without = np.asarray(s.image(0), int), np.asarray(toybirds.render(s.scene(0), parts=[p for p in toybirds.PARTS if p != "tail"]), int)
+    tail = np.all(np.asarray(s.part_map(0)) == (0, 0, 255), -1)
+    changed = np.abs(whole - without).sum(-1) > 0
+    assert tail.sum() > 100 and changed[tail].mean() > .8 and changed.sum() < 3 * tail.sum()
+
+
+@pytest.mark.parametrize("kw", [dict(classes=0), dict(classes=51), dict(n_train_per_class=0), dict(n_test_per_class=1.5)])
+def test_toybirds_bad(kw):
+    with pytest.raises(ConfigError, match=next(iter(kw)) if kw != dict(classes=51) else "51"): D.load("toybirds", **kw)
 
 
 # load -----------------------------------------------------------------------------------------------------------------------------
