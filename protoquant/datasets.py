@@ -258,7 +258,8 @@ def toybirds_set(
         if not (isinstance(v, (int, np.integer)) and v >= 1): raise ConfigError(f"{k}={v!r}: a whole number of at least 1 is needed.")
     names = toybirds.class_names(classes)
     def draw(split, n):
-        return [Sample(f"{names[s.label]}/{names[s.label]}_{split}_{s.index//classes:04d}", s.label, None, scene=s) for s in toybirds.scenes(split, n, classes, seed)]
+        return [Sample(f"{names[s.label]}/{names[s.label]}_{split}_{s.index//classes:04d}", s.label, None, scene=s)
+                for s in toybirds.scenes(split, n, classes, seed)]
     samples = dict(train=draw("train", n_train_per_class), test=draw("test", n_test_per_class))
     return _both("toybirds", ToyBirdSet, samples, crop, "squash", names, list(range(classes)), "toybirds")
 
@@ -537,8 +538,8 @@ def fetch(
             require_space(cache, a.space, f"unpacking {file}")
             unpack(got, folder, quiet)
         except (requests.RequestException, ValueError, OSError, tarfile.TarError) as e:
-            raise DataError(f"{name}: nothing in {folder}, and the download from {a.url} failed ({type(e).__name__}: {e}). What has arrived is kept; run again to go "
-                            f"on. Or give the folder as data_root or in PROTOQUANT_DATA, or run the embedded set: {EMBEDDED}") from e
+            raise DataError(f"{name}: nothing in {folder}, and the download from {a.url} failed ({type(e).__name__}: {e}). "
+                            f"What has arrived is kept; run again to go on. Or give the folder as data_root or in PROTOQUANT_DATA, or run the embedded set: {EMBEDDED}") from e
         Path(got).unlink(missing_ok=True)
     return folder
 
@@ -577,10 +578,17 @@ def _locate(name, entry, data_root, sub, quiet):
     if not entry.marker: return root
     for f in (root/entry.folder, root):
         if (f/entry.marker).exists(): return f
-    state = "does not exist" if not root.exists() else "is no folder" if not root.is_dir() else "is empty" if not any(root.iterdir()) else \
-            f"has {entry.folder}/, but no {entry.marker} in it: half-extracted" if (root/entry.folder).is_dir() else f"holds neither {entry.folder}/ nor {entry.marker}"
-    raise DataError(f"{name}: {root} ({said}) {state}. Give the folder that holds {entry.folder}/{f', or neither data_root nor PROTOQUANT_DATA to download it' if name in ARCHIVES else ''}"
+    download = ", or neither data_root nor PROTOQUANT_DATA to download it" if name in ARCHIVES else ""
+    raise DataError(f"{name}: {root} ({said}) {_state(root, entry)}. Give the folder that holds {entry.folder}/{download}"
                     f"{f' from {where}' if where else ''}; or run the embedded set: {EMBEDDED}")
+
+def _state(root, entry):
+    "What is wrong with a root, in half a sentence."
+    if not root.exists(): return "does not exist"
+    if not root.is_dir(): return "is no folder"
+    if not any(root.iterdir()): return "is empty"
+    if (root/entry.folder).is_dir(): return f"has {entry.folder}/, but no {entry.marker} in it: half-extracted"
+    return f"holds neither {entry.folder}/ nor {entry.marker}"
 
 # %% ../nbs/02_datasets.ipynb #02-datas-072
 def _without_bad(s, quiet):
