@@ -7,9 +7,9 @@ __all__ = ['VARIANTS', 'PARTS', 'INK', 'BODY', 'BELLY', 'CROWN', 'BODIES', 'SHAP
            'BACKGROUNDS', 'MARGIN', 'OBJECT0', 'PART_COLOURS', 'BODY_COLOUR', 'PART_IDS', 'MIN_PIXELS', 'class_table',
            'smooth', 'turn', 'oval', 'star', 'feather', 'limb', 'outset', 'flat', 'inked', 'mix', 'body_shapes',
            'beaks', 'eyes', 'feet', 'feather_tails', 'tails', 'feather_wings', 'wings', 'Dice', 'Scene', 'thing_shapes',
-           'scene', 'place', 'bend', 'bird_shapes', 'paint_background', 'layers', 'render', 'object_colour', 'id_map',
-           'part_map', 'annotate', 'scenes', 'class_names', 'benchmark', 'write_cub', 'kept_parts', 'funnybirds_record',
-           'interventions', 'write_funnybirds']
+           'scene', 'place', 'bend', 'bird_shapes', 'paint_background', 'layers', 'render', 'object_colour',
+           'quarter_map', 'id_map', 'part_map', 'annotate', 'scenes', 'class_names', 'benchmark', 'write_cub',
+           'kept_parts', 'funnybirds_record', 'interventions', 'write_funnybirds']
 
 # %% ../nbs/01_toybirds.ipynb #01-toybi-002
 import colorsys, contextlib, dataclasses, functools, hashlib, itertools, json, math, os, random, shutil, tempfile
@@ -388,8 +388,8 @@ def scene(
     n_classes: int = 50,
 ) -> Scene:
     "The scene of one image: a function of its arguments and of nothing else. Raises `ConfigError` for a label out of range."
-    label = int(index) % n_classes if label is None else int(label)
     table = class_table(n_classes)
+    label = int(index) % n_classes if label is None else int(label)
     if not 0 <= label < n_classes: raise ConfigError(f"label={label}: the classes of this set are 0 to {n_classes-1}.")
     if index < 0: raise ConfigError(f"index={index}: images are counted from 0.")
     d = Dice("toybirds", int(seed), str(split), int(index))
@@ -546,16 +546,24 @@ for _p, _c in PART_COLOURS.items(): _PALETTE[list(PART_IDS[_p])] = _c
 for _i in range(50): _PALETTE[OBJECT0 + _i] = object_colour(_i)
 
 # %% ../nbs/01_toybirds.ipynb #01-toybi-065
+def quarter_map(
+    s: Scene,
+    size: int = 256,
+    parts=None, objects=None,   # as for `render`
+) -> np.ndarray:                # (2 * size, 2 * size) uint8: 0 nothing, 1 body, `PART_IDS`, `OBJECT0` + i
+    "What is visible at each quarter of a pixel, on the canvas that `render` averages."
+    _check_size(size)
+    im = Image.new("L", (2*size, 2*size)); draw, k = ImageDraw.Draw(im), 2*size/256
+    for _, i, p, _ in layers(s, parts, objects): draw.polygon((p*k).ravel().tolist(), fill=i)
+    return np.asarray(im)
+
 def id_map(
     s: Scene,
     size: int = 256,
     parts=None, objects=None,   # as for `render`
-) -> np.ndarray:                # (size, size) uint8: 0 nothing, 1 body, `PART_IDS`, `OBJECT0` + i
+) -> np.ndarray:                # (size, size) uint8, numbers as in `quarter_map`
     "What is visible at each pixel."
-    _check_size(size)
-    im = Image.new("L", (2*size, 2*size)); draw, k = ImageDraw.Draw(im), 2*size/256
-    for _, i, p, _ in layers(s, parts, objects): draw.polygon((p*k).ravel().tolist(), fill=i)
-    x = np.asarray(im); a, b, c, e = x[::2, ::2], x[::2, 1::2], x[1::2, ::2], x[1::2, 1::2]
+    x = quarter_map(s, size, parts, objects); a, b, c, e = x[::2, ::2], x[::2, 1::2], x[1::2, ::2], x[1::2, 1::2]
     return np.where((a == b) | (a == c) | (a == e), a, np.where((b == c) | (b == e), b, np.where(c == e, c, a)))
 
 def part_map(
