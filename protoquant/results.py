@@ -101,10 +101,11 @@ def run_key(
     data_hash,          # fingerprint of the data (or several, by split)
     weights_hash: str,  # of the backbone
     device: str = "cpu",  # kind of device: 'cpu' or 'cuda'
+    recipe: dict = None,  # all decisions of the training
 ) -> str:               # folder name, e.g. 'toybirds-grounded-M500-s40-1f0c2b7a9d'
     "Name of the run: what determines its result, and nothing else."
     what = {k: v for k, v in params.items() if k not in PLACES}
-    h = hash_json(dict(schema=SCHEMA, experiment=experiment, params=what, data=data_hash, weights=weights_hash, device=device))
+    h = hash_json(dict(schema=SCHEMA, experiment=experiment, params=what, data=data_hash, weights=weights_hash, device=device, recipe=recipe))
     shown = [params.get("dataset"), params.get("recipe")]
     shown += [f"{p}{params[k]}" for p, k in (("M", "codebook_size"), ("s", "seed")) if k in params]
     return "-".join([re.sub(r"[^\w.]+", "_", str(s)) for s in shown if s] + [h[:10]])
@@ -187,7 +188,7 @@ class Run:
     "One run of an experiment: its folder, its state, its record."
     def __init__(self, experiment, params, key, folder, start):
         self.experiment,self.params,self.key,self.folder,self._start = experiment,dict(params),key,Path(folder),start
-        self.began = time.time()
+        self.began, self.artefacts = time.time(), ()
 
     @property
     def path(self) -> Path:
@@ -195,8 +196,8 @@ class Run:
         return self.folder/"run.json"
     @property
     def done(self) -> bool:
-        "Is there a complete record of this very run?"
-        return self.record is not None
+        "Is there a complete record of this very run, with all its artefacts? A record alone (as in a fresh clone) is not enough."
+        return self.record is not None and all((self.folder/a).exists() for a in self.artefacts)
     @property
     def record(self) -> dict:
         "The record, or `None` where the run is not complete."
@@ -218,12 +219,15 @@ def start(
     weights: str = "",          # hash of the backbone's weights
     output_dir="results",       # see `results_dir`
     force: bool = False,        # run again although the record is complete (also: environment variable PROTOQUANT_FORCE=1)
+    recipe: dict = None,        # all decisions of the training; part of the key and of the record
+    artefacts=(),               # files of the run's folder that must be there for it to count as done
 ) -> Run:                       # look at `.done` next
     "Open the run that these parameters name; raises `ConfigError` where another process is at work on it."
     device = params.get("device") or "auto"
-    key = run_key(experiment, params, data, weights, pick_device(device).type)
+    key = run_key(experiment, params, data, weights, pick_device(device).type, recipe)
     folder = results_dir(output_dir)/experiment/key
-    self = cls(experiment, params, key, folder, dict(data=data, weights=weights, device=str(device)))
+    self = cls(experiment, params, key, folder, dict(data=data, weights=weights, device=str(device), recipe=recipe))
+    self.artefacts = tuple(artefacts)
     if force or os.environ.get("PROTOQUANT_FORCE") == "1": self._clear()
     if not self.done: self._claim()
     if p := os.environ.get("PROTOQUANT_RUN_POINTER"): write_json(p, dict(folder=str(folder), done=self.done))
@@ -297,7 +301,7 @@ def finish(
     r = dict(schema=SCHEMA, experiment=self.experiment, key=self.key, parameters=_public(self.params), seed=self.params.get("seed"),
              metrics={k: _number(k, v) for k, v in metrics.items()}, n_images={k: int(v) for k, v in n_images.items()}, crop=crop,
              scale=scale or run_scale(self.params.get("dataset"), n_images), **environment(self._start["device"]), git=git_state(),
-             data=self._start["data"], weights=self._start["weights"], seconds=round(time.time() - self.began, 2), date=_now(),
+             data=self._start["data"], weights=self._start["weights"], recipe=self._start["recipe"], seconds=round(time.time() - self.began, 2), date=_now(),
              figures=[os.path.relpath(Path(f).absolute(), self.folder) for f in figures])
     write_json(self.path, r)
     (self.folder/"running.json").unlink(missing_ok=True)
