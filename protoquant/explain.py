@@ -23,6 +23,7 @@ from .core import ConfigError, DataError, nearest_names
 from .codebook import Codebook, PatchIndex
 from .datasets import ImageSet, Transform, _rgb
 from .head import match, presence_of
+from .model import ProtoQuant
 
 # %% ../nbs/11_explain.ipynb #11-expla-005
 GEOMETRIES = ("cell", "pipnet")
@@ -353,7 +354,28 @@ def explain_image(
     if train is not None: ex.patches = [patches_of(c, model.index, train, t, n_patches, geometry, patch) for c in ex.codes]
     return ex
 
-# %% ../nbs/11_explain.ipynb #11-expla-048
+# %% ../nbs/11_explain.ipynb #11-expla-044
+@patch
+def explain(self: ProtoQuant,
+    image,           # PIL image, or (ImageSet, i)
+    class_id=None,   # number or name; the predicted class where None
+    n: int = 5,      # codes shown at most
+    **kw,            # min_contribution, train, n_patches, geometry, patch: see `explain_image`
+) -> Explanation:
+    "Why the model says what it says about one image."
+    return explain_image(self, image, class_id, n, **kw)
+
+@patch
+def patches_of(self: ProtoQuant,
+    code: int,
+    images: ImageSet,   # the training images of `self.index`
+    n: int = None,      # how many; all that the index has where None
+    **kw,               # geometry, patch: see `patch_box`
+) -> list:              # of `TrainingPatch`
+    "The nearest training patches of a code."
+    return patches_of(code, self.index, images, self.transform, n, **kw)
+
+# %% ../nbs/11_explain.ipynb #11-expla-052
 @dataclass(repr=False)
 class ClassExplanation:
     "The codes of one class. With presence: `mean_contribution.sum() + rest == mean_logit`."
@@ -386,7 +408,7 @@ def from_dict(cls: ClassExplanation, d: dict):
     return cls(**{**d, "codes": arr("codes", np.int64), **{k: arr(k, float) for k in ("weight", "mean_presence", "mean_contribution")},
                   "shared": [[tuple(x) for x in s] for s in d["shared"]]})
 
-# %% ../nbs/11_explain.ipynb #11-expla-049
+# %% ../nbs/11_explain.ipynb #11-expla-053
 @patch
 def to_frame(self: ClassExplanation) -> pd.DataFrame:
     "One row a code."
@@ -409,7 +431,7 @@ def _repr_markdown_(self: ClassExplanation):
     table = ["| " + " | ".join(map(str, r)) + " |" for r in (head, ["---"] * len(head), *rows)]
     return "\n".join([f"**{self.class_name}**: {self.n_codes} codes, by {self.by}", "", *table])
 
-# %% ../nbs/11_explain.ipynb #11-expla-050
+# %% ../nbs/11_explain.ipynb #11-expla-054
 def explain_class(
     weight: Tensor,            # (k, M)
     class_id,                  # number or name
@@ -437,7 +459,7 @@ def explain_class(
         extra = extra | dict(mean_presence=extra["mean_presence"][codes].numpy(), mean_contribution=add[codes].numpy(), mean_logit=float(add.sum()), rest=float(add[hidden].sum()))
     return ClassExplanation(c, names[c], codes.numpy(), weight[c, codes].numpy(), int((weight[c] > min_weight).sum()), shared, by, **extra)
 
-# %% ../nbs/11_explain.ipynb #11-expla-051
+# %% ../nbs/11_explain.ipynb #11-expla-055
 def _mean_contribution(weight, c, presence, labels, names):
     "Number of images and mean presence of class c, and W[c] times that."
     if presence is None: return {}, None
@@ -448,3 +470,22 @@ def _mean_contribution(weight, c, presence, labels, names):
     if not len(presence): raise DataError(f"no image of class {names[c]} among those whose presence was given; pass the training images.")
     mean = presence.detach().cpu().double().mean(0)
     return dict(n_images=len(presence), mean_presence=mean), weight[c] * mean
+
+# %% ../nbs/11_explain.ipynb #11-expla-056
+@patch
+def explain_class(self: ProtoQuant,
+    class_id,                 # number or name
+    n: int = 10,              # codes shown
+    tokens=None,              # Tokens of training images; their presence is computed where it is not given
+    presence: Tensor = None,  # (images, M)
+    labels=None,              # classes of the images; those of `tokens` where None
+    by: str = None,           # 'weight' or 'contribution'
+    **kw,                     # min_weight
+) -> ClassExplanation:
+    "The codes of a class, and who else uses them."
+    c = class_number(class_id, self.class_names)
+    if tokens is not None and presence is None:
+        tokens = tokens.subset(np.flatnonzero(tokens.labels.numpy() == c))
+        presence = presence_of(tokens, self.book, self.temperature, self.book.codes.device)
+    if tokens is not None and labels is None: labels = tokens.labels
+    return explain_class(self.weight, c, n, presence, labels, self.class_names, by, **kw)
