@@ -51,9 +51,12 @@ class Space(nn.Module):
     def __init__(self,
         d: int,                 # channels of a token
         center: Tensor = None,  # (d,) subtracted first; none: 0
-        basis: Tensor = None,   # (d, r) orthonormal columns; none: all channels
+        basis: Tensor = None,   # (d, r) columns; none: all channels
+        damping: float = 0.,    # length at which a token's similarities are halved
     ):
         super().__init__()
+        if not damping >= 0: raise ConfigError(f"damping={damping}: a length, 0 or more.")
+        self.register_buffer("damping", torch.tensor(float(damping)))
         self.register_buffer("center", torch.zeros(d) if center is None else center.detach().clone().float())
         self.register_buffer("basis", torch.zeros(d, 0) if basis is None else basis.detach().clone().float())
         if len(self.center) != d or len(self.basis) != d: raise ConfigError(f"a space for {d} channels cannot have a centre of {len(self.center)} and a basis of {len(self.basis)}.")
@@ -61,17 +64,25 @@ class Space(nn.Module):
     def d(self): return len(self.center)
     @property
     def rank(self): return self.basis.shape[1] or self.d
-    def forward(self,
+    def project(self,
         z: Tensor,   # (..., d)
-    ) -> Tensor:     # (..., r) unit vectors
-        "Directions of tokens or codes."
+    ) -> Tensor:     # (..., r)
+        "Coordinates in the space. Raises `ConfigError` where the number of channels differs."
         if z.shape[-1] != self.d: raise ConfigError(f"the tokens have {z.shape[-1]} channels, the codes {self.d}: another backbone?")
         z = z - self.center
-        return unit(z @ self.basis if self.basis.shape[1] else z)
+        return z @ self.basis if self.basis.shape[1] else z
+    def forward(self, z):
+        "(..., r) unit vectors: directions of tokens or codes."
+        return unit(self.project(z))
+    def damped(self, z):
+        "(..., r) directions of tokens, the shorter the less they say."
+        x = self.project(z)
+        return x / (x.norm(dim=-1, keepdim=True) + EPS + self.damping)
     def __repr__(self):
-        return f"Space({self.d} channels{', centred' if self.center.any() else ''}{f', {self.rank} principal directions' if self.basis.shape[1] else ''})"
+        more = [", centred"] * bool(self.center.any()) + [f", {self.rank} directions"] * bool(self.basis.shape[1]) + [f", damping {self.damping:.2g}"] * bool(self.damping)
+        return f"Space({self.d} channels{''.join(more)})"
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-016
+# %% ../nbs/05_codebook.ipynb #05-codeb-017
 class Codebook(nn.Module):
     "M codes in token space, and the space in which they are compared with tokens (Eq. 2, 3)."
     def __init__(self,
@@ -96,8 +107,8 @@ class Codebook(nn.Module):
     def similarities(self,
         z: Tensor,   # (..., d)
     ) -> Tensor:     # (..., M + S)
-        "Cosine of every token with every code, in the space. Raises `ConfigError` where the number of channels differs."
-        return self.space(z) @ self.directions().T
+        "Damped cosine of every token with every code. Raises `ConfigError` where the number of channels differs."
+        return self.space.damped(z) @ self.directions().T
     def assign(self, z):
         "Number of the most similar code of each token (Eq. 3)."
         return self.similarities(z)[..., :len(self)].argmax(-1)
@@ -107,7 +118,7 @@ class Codebook(nn.Module):
     def __repr__(self):
         return f"Codebook({len(self)} codes{f', {len(self.silent)} silent' if len(self.silent) else ''}, {self.space})"
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-019
+# %% ../nbs/05_codebook.ipynb #05-codeb-020
 def orthogonal_codes(
     codebook_size: int,      # M
     d: int,                  # channels
@@ -117,7 +128,7 @@ def orthogonal_codes(
     if codebook_size < 1: raise ConfigError(f"codebook_size={codebook_size}: at least one code is needed.")
     return nn.init.orthogonal_(torch.empty(codebook_size, d), generator=gen)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-022
+# %% ../nbs/05_codebook.ipynb #05-codeb-023
 class Directions:
     "Directions of all tokens in a space, in chunks of rows."
     def __init__(self,
@@ -166,7 +177,7 @@ def mean_token(
         total += t
     return (total / tokens.n_tokens).float()
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-024
+# %% ../nbs/05_codebook.ipynb #05-codeb-025
 def principal_space(
     tokens: Tokens,
     rank: int = None,        # directions to keep; all channels where None
@@ -184,7 +195,7 @@ def principal_space(
     basis = torch.linalg.eigh(cov / tokens.n_tokens).eigenvectors[:, -rank:].flip(1)
     return Space(tokens.d, mu, basis * torch.where(basis.sum(0) < 0, -1., 1.))   # a direction's sign is free: fix it
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-030
+# %% ../nbs/05_codebook.ipynb #05-codeb-031
 def kmeans_plus_plus(
     u: Tensor,              # (s, d) unit rows, the sample
     codebook_size: int,     # M <= s
@@ -201,7 +212,7 @@ def kmeans_plus_plus(
         far = torch.minimum(far, (1 - sim[pick[m]]).clamp_min(0)); far[pick[m]] = 0
     return pick
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-033
+# %% ../nbs/05_codebook.ipynb #05-codeb-034
 def fast_dtype(
     device="cpu",
 ) -> torch.dtype:
@@ -219,7 +230,7 @@ def _group_sum(u, idx, m):
         warnings.simplefilter("ignore")   # 'sparse CSR is in beta'
         return torch.sparse_csr_tensor(crow, order, torch.ones(len(idx)), (m, len(idx))) @ u
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-034
+# %% ../nbs/05_codebook.ipynb #05-codeb-035
 def lloyd_pass(
     dirs: Directions,           # the tokens
     codes: Tensor,              # (M, r) unit rows
@@ -239,7 +250,7 @@ def lloyd_pass(
     v, i = torch.cat([w.double() for w in worst], 1)
     return sums, counts, loss / dirs.n, i[v.argsort(stable=True)[:M]].long().cpu()
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-036
+# %% ../nbs/05_codebook.ipynb #05-codeb-037
 @dataclass
 class KMeans:
     "Result of `spherical_kmeans`."
@@ -257,7 +268,7 @@ def check_codebook_size(
     if codebook_size > n_tokens:
         raise ConfigError(f"codebook_size={codebook_size} is larger than the number of training tokens, {n_tokens}; use fewer codes or more images.")
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-037
+# %% ../nbs/05_codebook.ipynb #05-codeb-038
 def spherical_kmeans(
     dirs: Directions,           # the tokens
     codebook_size: int,         # M
@@ -284,7 +295,7 @@ def spherical_kmeans(
     _, counts, loss, _ = lloyd_pass(dirs, codes)
     return KMeans(codes, counts, losses + [loss], revived)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-042
+# %% ../nbs/05_codebook.ipynb #05-codeb-043
 @dataclass
 class Usage:
     "How often each code is the nearest one."
@@ -309,7 +320,7 @@ def usage(
         counts += torch.bincount((u @ book.directions()[:len(book)].T).argmax(1), minlength=len(book))
     return Usage(counts)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-045
+# %% ../nbs/05_codebook.ipynb #05-codeb-046
 @dataclass
 class Projection:
     "Where each code comes from."
@@ -328,7 +339,7 @@ def _top_tokens(dirs, want, k):
             i[rows] = torch.cat([i[rows], j.cpu() + start], 1).gather(1, pick)
     return v, i
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-046
+# %% ../nbs/05_codebook.ipynb #05-codeb-047
 @torch.no_grad()
 def project(
     book: Codebook,
@@ -349,7 +360,7 @@ def project(
     codes = torch.stack([tokens.read([int(a)])[0, int(b)] for a, b in zip(img, pos)])
     return Projection(codes, img, pos, v.gather(1, choice[:, None])[:, 0])
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-049
+# %% ../nbs/05_codebook.ipynb #05-codeb-050
 @dataclass
 class PatchIndex:
     "For each code the nearest patches of the training images, best first."
@@ -381,7 +392,7 @@ def nearest_patches(
         p = torch.cat([p, pos.T.cpu()], 1).gather(1, order)
     return PatchIndex(i, p, v, tokens.grid, list(tokens.ids))
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-053
+# %% ../nbs/05_codebook.ipynb #05-codeb-054
 def grounding(
     book: Codebook,
     tokens: Tokens,   # training tokens

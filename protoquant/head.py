@@ -67,7 +67,7 @@ def presence_of(
     per = max(1, budget // (4 * dirs.shape[1] * tokens.positions))
     with progress(None, "presence", len(tokens), "image", quiet) as bar:
         for rows, z in tokens.batches(per, device):
-            logit = (book.space(z.flatten(0, 1)) @ dirs).div_(temperature)
+            logit = (book.space.damped(z.flatten(0, 1)) @ dirs).div_(temperature)
             lse = _logsumexp(logit)
             top = logit[:, :len(book)].sub_(lse[:, None]).unflatten(0, (len(rows), -1)).amax(1)
             out[rows] = top.exp_().cpu(); bar.update(len(rows))

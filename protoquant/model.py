@@ -139,7 +139,7 @@ def save(self: ProtoQuant,
 ):
     "Write the model to one file, atomically."
     from safetensors.torch import save_file
-    t = dict(codes=self.book.codes, center=self.book.space.center, basis=self.book.space.basis, silent=self.book.silent, weight=self.weight, mask=self.classifier.mask.to(torch.uint8))
+    t = dict(codes=self.book.codes, center=self.book.space.center, basis=self.book.space.basis, damping=self.book.space.damping, silent=self.book.silent, weight=self.weight, mask=self.classifier.mask.to(torch.uint8))
     for name, (_, fs) in _PARTS.items():
         if (obj := getattr(self, name)) is not None: t |= {f"{name}.{f}": getattr(obj, f) for f in fs}
     t = {k: v.detach().cpu().contiguous() for k, v in t.items()}
@@ -181,7 +181,7 @@ def load(cls: ProtoQuant,
     "Read a model. Raises `WeightsError` for a damaged file or another backbone."
     t, about = _open(path)
     b = _its_backbone(about["backbone"], backbone)
-    book = Codebook(t["codes"], Space(len(t["center"]), t["center"], t["basis"]), t["silent"])
+    book = Codebook(t["codes"], Space(len(t["center"]), t["center"], t["basis"], float(t["damping"])), t["silent"])
     head = NonNegLinear.of(t["weight"])
     head.mask = t["mask"].bool()
     size, mode = about["transform"]

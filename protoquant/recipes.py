@@ -24,6 +24,7 @@ class Recipe:
     spaces: tuple = ("plain",)        # candidates for the space: 'plain', 'principal', 'fisher'
     rank: int = 48                    # principal directions kept
     shrinkage: float = 10.            # of the Fisher directions, in units of the mean variance
+    damping: float = 0.               # in units of the mean length of a training token
     # stage 1
     codes: str = "gradient"           # 'gradient': Eq. 4 by AdamW; 'kmeans': spherical k-means, dead codes revived
     epochs_stage1: int = 30           # passes over the tokens
@@ -74,7 +75,7 @@ RECIPES = {r.name: r for r in (
     Recipe("released", "what the authors' published code does", task_weight=1., loss_mean="elements", curve="released", mixup=True, train_codebook=True,
            tune_codebook=True),
     Recipe("grounded", "k-means codes in a denoised space, projected onto training tokens", spaces=("principal", "fisher"), codes="kmeans", epochs_stage1=15, project=True,
-           temperatures=(.1, .2), weight_decays=(5e-4, 5e-2), lr=.1, epochs_stage2=60, batch_size=128, epochs_tune=60),
+           damping=1., temperatures=(.05, .075, .1), weight_decays=(5e-4, 5e-2), init=(.3, .05), lr=.1, epochs_stage2=60, batch_size=128, epochs_tune=60),
 )}
 
 def get_recipe(

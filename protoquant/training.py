@@ -220,10 +220,13 @@ def make_space(
     recipe: Recipe,
     device="cpu",
 ) -> Space:
-    "The space that a recipe names."
-    if kind == "plain": return Space(tokens.d)
-    if kind == "principal": return principal_space(tokens, min(recipe.rank, tokens.d), device=device)
-    return fisher_space(tokens, recipe.shrinkage)
+    "The space that a recipe names, with its damping in units of the mean length of a token."
+    if kind == "plain": space = Space(tokens.d)
+    elif kind == "principal": space = principal_space(tokens, min(recipe.rank, tokens.d), device=device)
+    else: space = fisher_space(tokens, recipe.shrinkage)
+    if not recipe.damping: return space
+    mean = sum(float(space.project(z).norm(dim=-1).sum()) for _, z in tokens.batches()) / tokens.n_tokens
+    return Space(space.d, space.center, space.basis if space.basis.shape[1] else None, recipe.damping * mean)
 
 # %% ../nbs/08_training.ipynb #08-train-027
 def codes_in_token_space(
@@ -236,10 +239,11 @@ def codes_in_token_space(
     total, weight = torch.zeros(len(directions), tokens.d, device=device), torch.zeros(len(directions), device=device)
     space, ct = space.to(device), directions.to(device).T
     for _, z in tokens.batches(max(1, 8192 // tokens.positions), device):
-        z = z.flatten(0, 1) - space.center
-        length = (z @ space.basis if space.basis.shape[1] else z).norm(dim=1).clamp_min(1e-6)
-        idx = torch.cat([(space(b + space.center) @ ct).argmax(1) for b in z.split(max(256, (16 << 20) // len(directions)))])
-        total.index_add_(0, idx, z / length[:, None]); weight.index_add_(0, idx, 1 / length)
+        z = z.flatten(0, 1)
+        x = space.project(z)
+        length = x.norm(dim=1).clamp_min(1e-6)
+        idx = torch.cat([(b @ ct).argmax(1) for b in x.split(max(256, (16 << 20) // len(directions)))])
+        total.index_add_(0, idx, (z - space.center) / length[:, None]); weight.index_add_(0, idx, 1 / length)
     return (space.center + total / weight.clamp_min(1e-12)[:, None]).cpu()
 
 # %% ../nbs/08_training.ipynb #08-train-028
