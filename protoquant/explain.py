@@ -124,6 +124,7 @@ class TrainingPatch(NamedTuple):
     position: int      # row-major on the grid
     box: tuple         # pixels of the input
     box_full: tuple    # pixels of the full image
+    extent: tuple      # what the model saw of it, in pixels of the full image
 
 def check_index(
     index: PatchIndex,        # may be None
@@ -162,10 +163,11 @@ def patches_of(
     "The nearest training patches of a code, one an image. Raises `ConfigError` (no such code) and `DataError` (no index, or of other images)."
     check_index(index, images)
     code = check_code(code, len(index))
-    out = []
+    out, whole = [], (0, 0, *transform.size[::-1])
     for row, pos, sim in zip(index.image[code, :n].tolist(), index.position[code, :n].tolist(), index.similarity[code, :n].tolist()):
         box, label = patch_box(pos, index.grid, transform.size, patch, geometry), int(images.labels[row])
-        out.append(TrainingPatch(row, images.ids[row], label, images.class_names[label], sim, pos, box, to_full_image(box, transform, images, row)))
+        out.append(TrainingPatch(row, images.ids[row], label, images.class_names[label], sim, pos, box,
+                                 *(to_full_image(b, transform, images, row) for b in (box, whole))))
     return out
 
 # %% ../nbs/11_explain.ipynb #11-expla-029
@@ -228,7 +230,7 @@ def to_dict(self: Explanation) -> dict:
 def to_json(self: Explanation) -> str: return json.dumps(self.to_dict())
 
 # %% ../nbs/11_explain.ipynb #11-expla-032
-def _patch_from(d): return TrainingPatch(**{**d, "box": tuple(d["box"]), "box_full": tuple(d["box_full"])})
+def _patch_from(d): return TrainingPatch(**{**d, **{k: tuple(d[k]) for k in ("box", "box_full", "extent")}})
 
 @patch(cls_method=True)
 def from_dict(cls: Explanation,
@@ -252,7 +254,8 @@ def __repr__(self: Explanation):
 
 @patch
 def _repr_markdown_(self: Explanation):
-    said = f"predicted **{self.predicted_name}** (p = {self.probabilities[self.predicted]:.2f})" + (f", true class {self.label_name}" if self.label is not None else "")
+    said = f"predicted **{self.predicted_name}** (p = {self.probabilities[self.predicted]:.2f})"
+    said += (f", true class {self.label_name}" if self.label is not None else "")
     rows = [f"| {i+1} | {c} | {s:.3f} | {w:.2f} | {v:.3f} | {divmod(int(p), self.grid[1])} |"
             for i, (c, s, w, v, p) in enumerate(zip(self.codes, self.presence, self.weight, self.contribution, self.position))]
     return "\n".join([f"`{self.image}`: {said}. Evidence for **{self.class_name}**:", "", "| # | code | presence | weight | contribution | (row, column) |",
@@ -427,7 +430,9 @@ def _repr_markdown_(self: ClassExplanation):
     head = ["code", "weight", *(["mean presence", "mean contribution"] if own else []), "shared with (weight)"]
     rows = [[c, f"{w:.2f}", *([f"{self.mean_presence[i]:.3f}", f"{self.mean_contribution[i]:.3f}"] if own else []), few(self.shared[i])]
             for i, (c, w) in enumerate(zip(self.codes, self.weight))]
-    if own: rows += [[f"{self.n_codes - len(self)} others", "", "", f"{self.rest:.3f}", ""], ["**mean logit**", "", "", f"**{self.mean_logit:.3f}**", f"{self.n_images} images"]]
+    if own:
+        rows += [[f"{self.n_codes - len(self)} others", "", "", f"{self.rest:.3f}", ""]]
+        rows += [["**mean logit**", "", "", f"**{self.mean_logit:.3f}**", f"{self.n_images} images"]]
     table = ["| " + " | ".join(map(str, r)) + " |" for r in (head, ["---"] * len(head), *rows)]
     return "\n".join([f"**{self.class_name}**: {self.n_codes} codes, by {self.by}", "", *table])
 
@@ -456,7 +461,8 @@ def explain_class(
                if o != c and weight[o, m] > min_weight] for m in codes.tolist()]
     if presence is not None:
         hidden = torch.ones(len(add), dtype=torch.bool); hidden[codes] = False
-        extra = extra | dict(mean_presence=extra["mean_presence"][codes].numpy(), mean_contribution=add[codes].numpy(), mean_logit=float(add.sum()), rest=float(add[hidden].sum()))
+        extra |= dict(mean_presence=extra["mean_presence"][codes].numpy(), mean_contribution=add[codes].numpy(), mean_logit=float(add.sum()),
+                      rest=float(add[hidden].sum()))
     return ClassExplanation(c, names[c], codes.numpy(), weight[c, codes].numpy(), int((weight[c] > min_weight).sum()), shared, by, **extra)
 
 # %% ../nbs/11_explain.ipynb #11-expla-055
