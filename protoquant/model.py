@@ -119,15 +119,21 @@ def _rows(obj, keep):
     return type(obj)(**{f: v[keep] if isinstance(v, Tensor) else v for f, v in d.items()})
 
 @patch
+def reduced(self: ProtoQuant,
+    book: Codebook, head: NonNegLinear, keep: Tensor,   # from `physical_prune`: what is left, and numbers of the codes that stayed
+) -> ProtoQuant:
+    "A copy with other codes and weights; patch index and projection follow, metrics are dropped, since they were measured on this model."
+    return ProtoQuant(self.backbone, book, head, self.temperature, self.class_names, self.transform, self.recipe, _rows(self.index, keep), _rows(self.projection, keep))
+
+@patch
 def limit(self: ProtoQuant,
     k: int,                  # codes a class
     physical: bool = True,   # also remove unused codes
     exact: bool = True,      # keep them in the denominator
 ) -> ProtoQuant:
-    "A copy limited to K codes a class; metrics are dropped, since they were measured on this model."
-    head, book, keep = logical_prune(self.classifier, k), self.book, torch.arange(len(self.book))
-    if physical: book, head, keep = physical_prune(book, head, exact)
-    return ProtoQuant(self.backbone, book, head, self.temperature, self.class_names, self.transform, self.recipe, _rows(self.index, keep), _rows(self.projection, keep))
+    "A copy limited to K codes a class."
+    head = logical_prune(self.classifier, k)
+    return self.reduced(*(physical_prune(self.book, head, exact) if physical else (self.book, head, torch.arange(len(self.book)))))
 
 # %% ../nbs/10_model.ipynb #10-model-015
 FORMAT = 1

@@ -50,12 +50,13 @@ class Recipe:
     curve: str = "exact"              # 'exact': as described; 'released': as the released code steps it (disagreement 8)
     mixup: bool = False               # MixUp and CutMix on features: the images behind a store cannot be mixed any more
     # pruning
+    prune_by: str = "weight"          # the K codes of a class: by 'weight' (paper A.1) or by mean 'contribution' to the class's own images
     epochs_tune: int = 30             # after logical pruning
     tune_codebook: bool = False       # also tune the codes
 
     def __post_init__(self):
         if bad := set(self.spaces) - set(SPACES): raise ConfigError(f"recipe {self.name}: unknown space {sorted(bad)}; there are {SPACES}.")
-        for field, allowed in (("codes", CODES), ("curve", CURVES), ("loss_mean", ("tokens", "elements"))):
+        for field, allowed in (("codes", CODES), ("curve", CURVES), ("loss_mean", ("tokens", "elements")), ("prune_by", ("weight", "contribution"))):
             if getattr(self, field) not in allowed: raise ConfigError(f"recipe {self.name}: {field}={getattr(self, field)!r} is not one of {allowed}.")
         if min(self.temperatures) <= 0: raise ConfigError(f"recipe {self.name}: a temperature divides the cosine and must be above 0.")
         if min(self.epochs_stage1, self.epochs_stage2) < 1: raise ConfigError(f"recipe {self.name}: each stage needs at least one epoch.")
@@ -75,7 +76,7 @@ RECIPES = {r.name: r for r in (
     Recipe("released", "what the authors' published code does", task_weight=1., loss_mean="elements", curve="released", mixup=True, train_codebook=True,
            tune_codebook=True),
     Recipe("grounded", "k-means codes in a denoised space, projected onto training tokens", spaces=("principal", "fisher"), codes="kmeans", epochs_stage1=15, project=True,
-           damping=1., temperatures=(.05, .075, .1), weight_decays=(5e-4, 5e-2), init=(.3, .05), lr=.1, epochs_stage2=60, batch_size=128, epochs_tune=60),
+           damping=1., temperatures=(.05, .075, .1), weight_decays=(5e-4, 5e-2), init=(.3, .05), lr=.1, epochs_stage2=60, batch_size=128, prune_by="contribution", epochs_tune=60),
 )}
 
 def get_recipe(

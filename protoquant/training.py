@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Probe', 'accuracy', 'linear_probe', 'learning_rates', 'soft_labels', 'mix_tokens', 'Codes', 'quantised_logits',
            'codes_by_gradient', 'fisher_space', 'make_space', 'codes_in_token_space', 'codes_by_kmeans', 'Head',
-           'class_loss', 'fit_head', 'fit_codes_and_head', 'Trained', 'train']
+           'class_loss', 'fit_head', 'fit_codes_and_head', 'Trained', 'train', 'relearned']
 
 # %% ../nbs/08_training.ipynb #08-train-002
 import itertools, math, time
@@ -434,3 +434,15 @@ def train(
     _, kind, T, wd, codes, fit = best
     book, last = (Codebook(c, codes.book.space) if c is not None else codes.book for c in (fit.codes, fit.last_codes))
     return Trained(book, fit.head, last, fit.last, T, wd, kind, codes, fit, pd.DataFrame(rows), seconds)
+
+# %% ../nbs/08_training.ipynb #08-train-043
+def relearned(
+    train: Tokens, val: Tokens,
+    result: Trained,         # of a recipe with projection
+    recipe: Recipe,
+    seed: int = 40,
+    device="cpu",
+) -> Head:
+    "Stage 2 on the codes as they were before projection: what projection costs."
+    s, sv = (presence_of(t, result.codes.learned, result.temperature, device) for t in (train, val))
+    return fit_head(s, train.labels, sv, val.labels, recipe, result.weight_decay, seed, device=device)
