@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ProtoQuantError', 'ConfigError', 'DataError', 'WeightsError', 'StoreError', 'nearest_names', 'set_seed', 'generator',
-           'pick_device', 'hardware', 'hash_bytes', 'hash_json', 'hash_tensors', 'sha256_file', 'atomic_path',
-           'write_json', 'read_json', 'cache_dir', 'require_space', 'progress']
+           'pick_device', 'hardware', 'threads_for', 'hash_bytes', 'hash_json', 'hash_tensors', 'sha256_file',
+           'atomic_path', 'write_json', 'read_json', 'cache_dir', 'require_space', 'progress']
 
 # %% ../nbs/00_core.ipynb #00-core-002
 import contextlib, hashlib, json, os, random, shutil, sys, tempfile
@@ -80,6 +80,18 @@ def hardware(
     return f"{name or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 # %% ../nbs/00_core.ipynb #00-core-016
+@contextlib.contextmanager
+def threads_for(
+    flops: float,             # of one step
+    small: float = 2e9,       # below this, one thread
+):
+    "Run the block with one thread on the CPU if its steps are small."
+    before = torch.get_num_threads()
+    if flops < small: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+# %% ../nbs/00_core.ipynb #00-core-019
 def hash_bytes(*chunks: bytes) -> str:
     "First 16 hex digits of the SHA-256 of the chunks, in order."
     h = hashlib.sha256()
@@ -112,7 +124,7 @@ def sha256_file(
         while b := f.read(1 << 20): h.update(b)
     return h.hexdigest()
 
-# %% ../nbs/00_core.ipynb #00-core-019
+# %% ../nbs/00_core.ipynb #00-core-022
 @contextlib.contextmanager
 def atomic_path(
     path,  # where the finished file shall lie
@@ -149,7 +161,7 @@ def read_json(
     try: return json.loads(Path(path).read_text())
     except json.JSONDecodeError as e: raise DataError(f"{path} is not valid JSON ({e}); delete it and run again.") from e
 
-# %% ../nbs/00_core.ipynb #00-core-023
+# %% ../nbs/00_core.ipynb #00-core-026
 def cache_dir(
     sub: str = "",  # folder inside the cache
 ) -> Path:
@@ -177,7 +189,7 @@ def require_space(
         raise StoreError(f"{what} needs {nbytes/2**30:.2f} GiB but only {free/2**30:.2f} GiB are free at {path}; "
                          f"free some space or set PROTOQUANT_CACHE to another disk.")
 
-# %% ../nbs/00_core.ipynb #00-core-026
+# %% ../nbs/00_core.ipynb #00-core-029
 def progress(
     it,                 # iterable
     desc: str = "",     # what is going on

@@ -8,7 +8,7 @@ __all__ = ['Probe', 'accuracy', 'linear_probe', 'learning_rates', 'soft_labels',
            'class_loss', 'fit_head', 'fit_codes_and_head', 'Trained', 'train', 'relearned']
 
 # %% ../nbs/08_training.ipynb #08-train-002
-import itertools, math, time
+import math, time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 
-from .core import ConfigError, DataError, generator, progress
+from .core import ConfigError, DataError, generator, progress, threads_for
 from .compat import import_timm
 from .features import Tokens
 from .codebook import (Codebook, Directions, Projection, Space, check_codebook_size, codebook_loss, mean_token, orthogonal_codes,
@@ -146,7 +146,7 @@ def quantised_logits(
 
 # %% ../nbs/08_training.ipynb #08-train-019
 def _optimiser(params, recipe, weight_decay):
-    return torch.optim.AdamW(params, lr=recipe.lr, weight_decay=weight_decay, betas=(.9, .999), eps=1e-8)
+    return torch.optim.AdamW(params, lr=recipe.lr, weight_decay=weight_decay, betas=(.9, .999), eps=1e-8, fused=True)
 
 def _set_lr(opt, lr):
     for g in opt.param_groups: g["lr"] = lr
@@ -202,6 +202,7 @@ def fisher_space(
     shrinkage: float = 10.,   # epsilon
 ) -> Space:
     "The space of the Fisher directions of pooled tokens. Raises `ConfigError` where there is only one class."
+    mu = mean_token(tokens)
     x, y, k = tokens.pooled().double(), tokens.labels, int(tokens.labels.max()) + 1
     if k < 2: raise ConfigError("a Fisher space needs at least two classes; use spaces=('principal',).")
     counts = torch.bincount(y, minlength=k).clamp_min(1)
@@ -212,7 +213,7 @@ def fisher_space(
     inv = torch.linalg.inv(torch.linalg.cholesky(sw))
     basis = inv.T @ torch.linalg.svd(inv @ between.T, full_matrices=False).U[:, :k - 1]
     basis = basis * torch.where(basis.sum(0) < 0, -1., 1.) / basis.norm(dim=0).mean()
-    return Space(tokens.d, mean_token(tokens), basis)
+    return Space(tokens.d, mu, basis)
 
 def make_space(
     kind: str,           # 'plain', 'principal' or 'fisher'
@@ -322,13 +323,14 @@ def fit_head(
     lin = _layer(k, s.shape[1], gen, recipe, start).to(device)
     s, s_val, target = s.to(device), s_val.to(device), soft_labels(labels, k, recipe.label_smoothing).to(device)
     opt, best, b = _optimiser([lin.raw], recipe, weight_decay), _Best(stage), batch_of(recipe, len(s))
-    for e, lr in enumerate(progress(learning_rates(recipe, epochs or recipe.epochs_stage2), f"stage {stage}", unit="epoch", quiet=quiet)):
-        _set_lr(opt, lr); losses = []
-        for rows in torch.randperm(len(s), generator=gen).to(device)[:len(s) // b * b].split(b):
-            w = lin.weight
-            loss = class_loss(s[rows] @ w.T, target[rows], w, recipe)
-            opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.detach())
-        with torch.no_grad(): best.see(e, lin(s_val).cpu(), labels_val, dict(raw=lin.raw), loss=torch.stack(losses).mean(), lr=lr)
+    with threads_for(2 * b * s.shape[1] * k):
+        for e, lr in enumerate(progress(learning_rates(recipe, epochs or recipe.epochs_stage2), f"stage {stage}", unit="epoch", quiet=quiet)):
+            _set_lr(opt, lr); losses = []
+            for rows in torch.randperm(len(s), generator=gen).to(device)[:len(s) // b * b].split(b):
+                w = lin.weight
+                loss = class_loss(s[rows] @ w.T, target[rows], w, recipe)
+                opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.detach())
+            with torch.no_grad(): best.see(e, lin(s_val).cpu(), labels_val, dict(raw=lin.raw), loss=torch.stack(losses).mean(), lr=lr)
     last = _layer(k, s.shape[1], gen, recipe, lin).cpu()
     lin.raw.data = best.state["raw"]
     return Head(lin.cpu(), last, best.epoch, best.key[0], -best.key[1], best.history)
@@ -420,17 +422,21 @@ def train(
     "Both stages of a recipe. Raises `ConfigError` for an impossible codebook size and `DataError` for features that are not finite."
     check_codebook_size(codebook_size, train.n_tokens)
     rows, best, cache, seconds = [], None, {}, dict(stage1=0., stage2=0.)
+    def trial(kind, codes, T, wd):
+        nonlocal best
+        began = time.time()
+        fit = _stage2(train, val, codes, recipe, T, wd, seed, device, quiet, cache)
+        seconds["stage2"] += time.time() - began
+        rows.append(dict(space=kind, temperature=T, weight_decay=wd, val_top1=fit.val_top1, val_loss=fit.val_loss, epoch=fit.epoch))
+        if best is None or fit.val_loss < best[0]: best = fit.val_loss, kind, T, wd, codes, fit
     for kind in recipe.spaces:
         began = time.time()
         codes = (codes_by_kmeans(train, codebook_size, recipe, make_space(kind, train, recipe, device), seed, device, quiet) if recipe.codes == "kmeans" else
                  codes_by_gradient(train, val, codebook_size, recipe, head, seed, device, quiet))
         seconds["stage1"] += time.time() - began
-        for T, wd in itertools.product(recipe.temperatures, recipe.weight_decays):
-            began = time.time()
-            fit = _stage2(train, val, codes, recipe, T, wd, seed, device, quiet, cache)
-            seconds["stage2"] += time.time() - began
-            rows.append(dict(space=kind, temperature=T, weight_decay=wd, val_top1=fit.val_top1, val_loss=fit.val_loss, epoch=fit.epoch))
-            if best is None or fit.val_loss < best[0]: best = fit.val_loss, kind, T, wd, codes, fit
+        for T in recipe.temperatures: trial(kind, codes, T, recipe.weight_decays[0])
+    _, kind, T, _, codes, _ = best
+    for wd in recipe.weight_decays[1:]: trial(kind, codes, T, wd)
     _, kind, T, wd, codes, fit = best
     book, last = (Codebook(c, codes.book.space) if c is not None else codes.book for c in (fit.codes, fit.last_codes))
     return Trained(book, fit.head, last, fit.last, T, wd, kind, codes, fit, pd.DataFrame(rows), seconds)
