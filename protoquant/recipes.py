@@ -76,7 +76,7 @@ RECIPES = {r.name: r for r in (
     Recipe("released", "what the authors' published code does", task_weight=1., loss_mean="elements", curve="released", mixup=True, train_codebook=True,
            tune_codebook=True),
     Recipe("grounded", "k-means codes in a denoised space, projected onto training tokens", spaces=("fisher",), codes="kmeans", epochs_stage1=15, project=True,
-           damping=1., temperatures=(.05, .075, .1), weight_decays=(5e-4, 5e-2), init=(.3, .05), lr=.1, epochs_stage2=60, batch_size=128, prune_by="contribution", epochs_tune=60),
+           damping=1., temperatures=(.035, .05, .075, .1), weight_decays=(5e-4, 5e-2), init=(.3, .05), lr=.1, epochs_stage2=60, batch_size=128, prune_by="contribution", epochs_tune=60),
 )}
 
 def get_recipe(

@@ -73,10 +73,11 @@ def linear_probe(
     x, v, k = train.pooled(), val.pooled(), int(train.labels.max()) + 1
     mean, std = x.mean(0), x.std(0) + 1e-6
     best = None
-    for p in penalties:
-        probe = Probe(mean, std, *_logistic((x - mean) / std, train.labels, k, p), p)
-        loss = float(F.cross_entropy(probe(v), val.labels))
-        if best is None or loss < best[0]: best = loss, probe
+    with threads_for(2 * k * x.numel()):
+        for p in penalties:
+            probe = Probe(mean, std, *_logistic((x - mean) / std, train.labels, k, p), p)
+            loss = float(F.cross_entropy(probe(v), val.labels))
+            if best is None or loss < best[0]: best = loss, probe
     return best[1]
 
 # %% ../nbs/08_training.ipynb #08-train-011
