@@ -24,11 +24,11 @@ def randn(*shape, seed=0):
 
 
 def space(kind, d, seed=0):
-    "'plain', 'centred' or 'basis' (centre and r = d // 2 orthonormal directions)."
+    "'plain', 'centred', 'basis' (centre and r = d // 2 orthonormal directions) or 'damped' (as basis, short tokens say less)."
     if kind == "plain": return Space(d)
     center = randn(d, seed=seed + 1)
     if kind == "centred": return Space(d, center)
-    return Space(d, center, torch.linalg.qr(randn(d, d, seed=seed + 2)).Q[:, :max(1, d // 2)])
+    return Space(d, center, torch.linalg.qr(randn(d, d, seed=seed + 2)).Q[:, :max(1, d // 2)], .7 if kind == "damped" else 0.)
 
 
 def book(m, d, kind="plain", silent=0, seed=0, trainable=False):

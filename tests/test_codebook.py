@@ -11,16 +11,21 @@ from protoquant.core import ConfigError, DataError
 from protoquant.features import Tokens
 from pieces import book, gen, labelled, python, randn, space
 
-KINDS = ("plain", "centred", "basis")
+KINDS = ("plain", "centred", "basis", "damped")
 
 
-def slow_cosine(z, c, s):
+def slow_similarity(z, c, s):
+    "What a token counts for a code, in plain Python: the cosine, less where the token is short and the space damps."
+    return slow_cosine(z, c, s, float(s.damping))
+
+
+def slow_cosine(z, c, s, damping=0.):
     "Cosine of two vectors around a centre, in a subspace, in plain Python."
     def inside(v):
         v = [float(a) - float(b) for a, b in zip(v, s.center)]
         return [sum(v[i] * float(s.basis[i, r]) for i in range(len(v))) for r in range(s.basis.shape[1])] if s.basis.shape[1] else v
     a, b = inside(z), inside(c)
-    return sum(x * y for x, y in zip(a, b)) / (math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b)))
+    return sum(x * y for x, y in zip(a, b)) / ((math.sqrt(sum(x * x for x in a)) + damping) * math.sqrt(sum(y * y for y in b)))
 
 
 # -- Eq. 2-4
@@ -31,7 +36,7 @@ def test_similarity_and_assignment_eq_3(kind):
     sim, idx = b.similarities(z), b.assign(z)
     for i in range(2):
         for j in range(4):
-            want = [slow_cosine(z[i, j], c, b.space) for c in b.codes]
+            want = [slow_similarity(z[i, j], c, b.space) for c in b.codes]
             assert sim[i, j].tolist() == pytest.approx(want, abs=1e-5)
             assert int(idx[i, j]) == max(range(5), key=want.__getitem__)
 

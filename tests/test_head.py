@@ -9,12 +9,12 @@ from protoquant import head as H
 from protoquant.core import ConfigError
 from protoquant.features import Tokens
 from pieces import book, gen, labelled, randn
-from test_codebook import KINDS, slow_cosine
+from test_codebook import KINDS, slow_similarity
 
 
 def slow_match(z, b, T):
     "Eq. 6 for one token: a softmax over all codes, the silent ones in the denominator."
-    e = [math.exp(slow_cosine(z, c, b.space) / T) for c in [*b.codes, *b.silent]]
+    e = [math.exp(slow_similarity(z, c, b.space) / T) for c in [*b.codes, *b.silent]]
     return [x / sum(e) for x in e[:len(b)]]
 
 
@@ -32,7 +32,7 @@ def test_matching_and_pooling_eq_6_and_8(kind, silent, T):
 
 
 def test_logits_eq_10():
-    lin, s = H.NonNegLinear(3, 5, gen(), 0., 1.), torch.rand(4, 5, generator=gen(1))
+    lin, s = H.NonNegLinear(3, 5, gen(), 0., 1.).requires_grad_(False), torch.rand(4, 5, generator=gen(1))
     out = lin(s)
     for i in range(4):
         for k in range(3):

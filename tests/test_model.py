@@ -28,6 +28,7 @@ def make(b, m=8, classes=3, silent=0, full=True):
     n = 6
     t = Tokens(randn(n, b.grid[0] * b.grid[1], b.d, seed=3), torch.arange(n) % classes, b.grid, [f"bird {i}" for i in range(n)])
     space = C.principal_space(t, 4)
+    space = C.Space(b.d, space.center, space.basis, .5)
     pr = C.project(C.Codebook(randn(m, b.d, seed=4), space), t)
     book = C.Codebook(pr.codes, space, randn(silent, b.d, seed=5) if silent else None)
     extra = dict(index=C.nearest_patches(book, t, 3), projection=pr, recipe=get_recipe("grounded"), metrics=dict(top1=71.25)) if full else {}
@@ -41,6 +42,7 @@ def test_forward_is_the_chain_of_equations(name):
     x = randn(2, 3, *b.size)
     z = b.features(x)
     s = match(z.flatten(2).transpose(1, 2), m.book, .2).amax(1)
+    assert float(m.book.space.damping) == .5
     torch.testing.assert_close(m(x), s @ m.weight.T, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(m.from_features(z), m(x)); torch.testing.assert_close(m.from_features(m.tokens(x)), m(x))
     maps = m.maps(z)
@@ -59,7 +61,7 @@ def test_saved_and_loaded_is_the_same(tmp_path, resnet, silent, full):
     x = randn(2, 3, 64, 64)
     torch.testing.assert_close(l(x), m(x), atol=1e-6, rtol=1e-5)
     assert torch.equal(m.weight, l.weight) and torch.equal(m.book.codes, l.book.codes) and torch.equal(m.book.silent, l.book.silent)
-    assert (l.class_names, l.temperature, l.metrics, l.transform.key) == (m.class_names, m.temperature, m.metrics, m.transform.key)
+    assert float(l.book.space.damping) == .5 and (l.class_names, l.temperature, l.metrics, l.transform.key) == (m.class_names, m.temperature, m.metrics, m.transform.key)
     assert l.recipe == json.loads(json.dumps(m.recipe))
     if full:
         for part, fields in (("index", ("image", "position", "similarity")), ("projection", ("codes", "image", "position", "cosine"))):

@@ -7,6 +7,7 @@ from protoquant import pruning as P
 from protoquant.core import ConfigError
 from protoquant.head import NonNegLinear, presence
 from protoquant.recipes import get_recipe
+from test_codebook import KINDS
 from pieces import book, gen, labelled, randn
 
 cases = dict(k=st.integers(1, 5), m=st.integers(2, 12), seed=st.integers(0, 99))
@@ -32,7 +33,7 @@ def test_logical_pruning_keeps_the_largest_weights_and_touches_nothing_else(top,
 
 
 @settings(max_examples=30, deadline=None)
-@given(kind=st.sampled_from(("plain", "centred", "basis")), T=st.floats(.05, 1), **cases)
+@given(kind=st.sampled_from(KINDS), T=st.floats(.05, 1), **cases)
 def test_logical_pruning_never_touches_presence_and_exact_physical_pruning_never_logits(kind, T, k, m, seed):
     b, h, z = book(m, 6, kind, seed=seed), layer(k, m, seed), randn(4, 3, 6, seed=seed + 1)
     p = P.logical_prune(h, 1)
@@ -45,6 +46,20 @@ def test_logical_pruning_never_touches_presence_and_exact_physical_pruning_never
     assert len(b2) == len(keep) == int((p.weight > 0).any(0).sum()) and len(b2) + len(b2.silent) == m
     b3, h3, keep3 = P.physical_prune(b2, P.logical_prune(h2, 1), exact=True)      # twice is once
     torch.testing.assert_close(h3(presence(z, b3, T)), h2(s2), atol=1e-4, rtol=1e-4)
+
+
+def test_pruning_by_contribution_ranks_by_weight_times_mean_presence():
+    h, s, y = layer(3, 6, 1), torch.rand(9, 6, generator=gen(2)), torch.arange(9) % 3
+    seen = P.class_presence(s, y, 3)
+    for c in range(3):
+        assert seen[c].tolist() == pytest.approx([float(sum(s[i, m] for i in range(9) if y[i] == c)) / 3 for m in range(6)], abs=1e-6)
+    p = P.logical_prune(h, 2, seen)
+    for c in range(3):
+        gain = [h.weight[c, m].item() * seen[c, m].item() for m in range(6)]
+        want = [m for m in sorted(range(6), key=lambda m: -gain[m])[:2] if gain[m] > 0]
+        assert sorted((p.weight[c] > 0).nonzero().flatten().tolist()) == sorted(want)
+    assert ((p.weight == h.weight) | (p.weight == 0)).all()
+    with pytest.raises(ConfigError, match="topk=7"): P.logical_prune(h, 7, seen)
 
 
 def test_the_papers_physical_pruning_changes_logits():

@@ -86,7 +86,7 @@ def compare_stage1(tokens, recipe, m, seed, reference=faiss_kmeans):
     from dataclasses import replace
     say(f"stage 1 of grounded, M={m}")
     def ours():
-        space = make_space("principal", tokens, recipe)
+        space = make_space(recipe.spaces[0], tokens, recipe)
         return codes_by_kmeans(tokens, m, replace(recipe, project=False), space, seed)
     codes, s = timed(ours)
     u = Space(tokens.d, mean_token(tokens))(tokens.read(slice(None)).flatten(0, 1))
@@ -252,13 +252,13 @@ def run(args):
     sizes, few = ((50, 200), dict(epochs_stage1=3, epochs_stage2=3)) if args.quick else ((500, 2000), {})
     recipe, rows = get_recipe("grounded", **few), []
     if faiss:
-        centred, principal = Space(train_.d, mean_token(train_)), make_space("principal", train_, recipe)
+        centred, own = Space(train_.d, mean_token(train_)), make_space(recipe.spaces[0], train_, recipe)
         for m in sizes:
             rows.append(compare_kmeans(train_, centred, "all channels, centred", m, recipe.epochs_stage1, args.seed, 2 if m <= 500 else 1))
-            rows.append(compare_kmeans(train_, principal, f"grounded's space (rank {principal.rank})", m, recipe.epochs_stage1, args.seed, 2))
+            rows.append(compare_kmeans(train_, own, f"grounded's space ({recipe.spaces[0]}, rank {own.rank})", m, recipe.epochs_stage1, args.seed, 2))
         rows.append(compare_stage1(train_, recipe, sizes[0], args.seed))
     else: say("faiss is not installed: its comparisons are left out (python3 tools/bootstrap.py dev demo bench)")
-    book = codes_by_kmeans(train_, sizes[0], recipe, make_space("principal", train_, recipe), args.seed).book
+    book = codes_by_kmeans(train_, sizes[0], recipe, make_space(recipe.spaces[0], train_, recipe), args.seed).book
     rows.append(compare_stage2(train_, val, book, recipe.temperatures[0], recipe, args.seed, recipe.epochs_stage2))
     rows += compare_fit(b, ds, tf, sizes[0], args.seed, few, args.full)
     memory = None if args.skip_memory else peak_memory(**(dict(m=400, n_images=600) if args.quick else {}))
