@@ -182,6 +182,20 @@ def test_kmeans_gives_unit_codes_counts_all_tokens_and_never_gets_worse(m, seed)
     assert len(km.losses) == 9 and all(b <= a + 1e-5 for a, b in zip(km.losses, km.losses[1:]))
 
 
+@pytest.mark.parametrize("m, passes", [(5, 2), (40, 8), (40, 3)])
+def test_kmeans_with_many_channels(m, passes):
+    "256 channels and more may take another way to the same kind of result."
+    t = labelled(per_class=15, d=300, noise=.3)
+    runs = [C.spherical_kmeans(C.Directions(t, space("centred", 300), c), m, gen(4), passes=passes) for c in (60, 8192, 60)]
+    for km in runs:
+        assert km.codes.shape == (m, 300) and int(km.counts.sum()) == t.n_tokens and len(km.losses) == passes + 1
+        assert all(b <= a + 1e-4 for a, b in zip(km.losses, km.losses[1:]))
+        torch.testing.assert_close(km.codes.norm(dim=1), torch.ones(m), atol=1e-4, rtol=0)
+        u = torch.cat([u for _, u in C.Directions(t, space("centred", 300))])
+        assert float((1 - (u @ km.codes.T).amax(1)).mean()) == pytest.approx(km.losses[-1], abs=1e-4)
+    assert torch.equal(runs[0].codes, runs[2].codes) and runs[0].losses[-1] == pytest.approx(runs[1].losses[-1], abs=5e-3)
+
+
 def test_dead_codes_are_revived(monkeypatch):
     clumps = torch.eye(8)[torch.arange(400) % 8] + .05 * randn(400, 8)
     t = Tokens(clumps[:, None], torch.zeros(400), (1, 1))

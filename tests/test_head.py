@@ -94,7 +94,7 @@ def test_zero_weights_stay_zero_under_training():
     lin = H.NonNegLinear.of(w)
     opt = torch.optim.AdamW([lin.raw], lr=.1)
     for _ in range(5): opt.zero_grad(); (-lin(torch.ones(1, 3))).sum().backward(); opt.step()
-    assert float(lin.weight[0, 1]) == 0 and float(lin.weight[0, 0]) > 1
+    assert lin.weight[0, 1].item() == 0 and lin.weight[0, 0].item() > 1
 
 
 @pytest.mark.parametrize("make, words", [
