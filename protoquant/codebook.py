@@ -35,6 +35,16 @@ def cosine(
     return unit(z) @ unit(c).T
 
 # %% ../nbs/05_codebook.ipynb #05-codeb-008
+def _group_sum(u, idx, m):
+    "(m, d) sums of the rows of u by group."
+    if u.device.type != "cpu": return torch.zeros(m, u.shape[1], device=u.device).index_add_(0, idx, u)
+    order = idx.argsort(stable=True)
+    crow = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(idx, minlength=m).cumsum(0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # 'sparse CSR is in beta'
+        return torch.sparse_csr_tensor(crow, order, torch.ones(len(idx)), (m, len(idx))) @ u
+
+# %% ../nbs/05_codebook.ipynb #05-codeb-009
 def codebook_loss(
     z: Tensor,             # (n, d) tokens; no gradient flows into them
     codes: Tensor,         # (M, d)
@@ -42,10 +52,12 @@ def codebook_loss(
     mean: str = "tokens",  # 'tokens': Eq. 4; 'elements': the released code
 ) -> Tensor:               # scalar
     "Squared distance between tokens and their codes (Eq. 4; PROTOCOLS B.3)."
-    sq = (z.detach() - codes[indices]).pow(2)
-    return sq.sum(-1).mean() if mean == "tokens" else sq.mean()
+    z = z.detach()
+    sums, counts = _group_sum(z, indices, len(codes)), torch.bincount(indices, minlength=len(codes))
+    total = z.pow(2).sum() - 2 * (codes * sums).sum() + (counts[:, None] * codes.pow(2)).sum()
+    return total / (len(z) if mean == "tokens" else z.numel())
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-013
+# %% ../nbs/05_codebook.ipynb #05-codeb-014
 class Space(nn.Module):
     "Where cosines are taken: around a centre and in a subspace. The paper's plain cosine where neither is given."
     def __init__(self,
@@ -82,7 +94,7 @@ class Space(nn.Module):
         more = [", centred"] * bool(self.center.any()) + [f", {self.rank} directions"] * bool(self.basis.shape[1]) + [f", damping {self.damping:.2g}"] * bool(self.damping)
         return f"Space({self.d} channels{''.join(more)})"
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-017
+# %% ../nbs/05_codebook.ipynb #05-codeb-018
 class Codebook(nn.Module):
     "M codes in token space, and the space in which they are compared with tokens (Eq. 2, 3)."
     def __init__(self,
@@ -110,15 +122,15 @@ class Codebook(nn.Module):
         "Damped cosine of every token with every code. Raises `ConfigError` where the number of channels differs."
         return self.space.damped(z) @ self.directions().T
     def assign(self, z):
-        "Number of the most similar code of each token (Eq. 3)."
-        return self.similarities(z)[..., :len(self)].argmax(-1)
+        "Number of the most similar code of each token (Eq. 3). A token's length does not change it, so it is not computed."
+        return (self.space.project(z) @ self.directions()[:len(self)].T).argmax(-1)
     def quantise(self, z):
         "Each token replaced by its raw code."
         return self.codes[self.assign(z)]
     def __repr__(self):
         return f"Codebook({len(self)} codes{f', {len(self.silent)} silent' if len(self.silent) else ''}, {self.space})"
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-020
+# %% ../nbs/05_codebook.ipynb #05-codeb-021
 def orthogonal_codes(
     codebook_size: int,      # M
     d: int,                  # channels
@@ -128,7 +140,7 @@ def orthogonal_codes(
     if codebook_size < 1: raise ConfigError(f"codebook_size={codebook_size}: at least one code is needed.")
     return nn.init.orthogonal_(torch.empty(codebook_size, d), generator=gen)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-023
+# %% ../nbs/05_codebook.ipynb #05-codeb-024
 class Directions:
     "Directions of all tokens in a space, in chunks of rows."
     def __init__(self,
@@ -177,7 +189,7 @@ def mean_token(
         total += t
     return (total / tokens.n_tokens).float()
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-025
+# %% ../nbs/05_codebook.ipynb #05-codeb-026
 def principal_space(
     tokens: Tokens,
     rank: int = None,        # directions to keep; all channels where None
@@ -195,7 +207,7 @@ def principal_space(
     basis = torch.linalg.eigh(cov / tokens.n_tokens).eigenvectors[:, -rank:].flip(1)
     return Space(tokens.d, mu, basis * torch.where(basis.sum(0) < 0, -1., 1.))   # a direction's sign is free: fix it
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-031
+# %% ../nbs/05_codebook.ipynb #05-codeb-032
 def kmeans_plus_plus(
     u: Tensor,              # (s, d) unit rows, the sample
     codebook_size: int,     # M <= s
@@ -212,7 +224,7 @@ def kmeans_plus_plus(
         far = torch.minimum(far, (1 - sim[pick[m]]).clamp_min(0)); far[pick[m]] = 0
     return pick
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-034
+# %% ../nbs/05_codebook.ipynb #05-codeb-035
 def fast_dtype(
     device="cpu",
 ) -> torch.dtype:
@@ -221,16 +233,7 @@ def fast_dtype(
     has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return torch.bfloat16 if has else torch.float32
 
-def _group_sum(u, idx, m):
-    "(m, d) sums of the rows of u by group."
-    if u.device.type != "cpu": return torch.zeros(m, u.shape[1], device=u.device).index_add_(0, idx, u)
-    order = idx.argsort(stable=True)
-    crow = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(idx, minlength=m).cumsum(0)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # 'sparse CSR is in beta'
-        return torch.sparse_csr_tensor(crow, order, torch.ones(len(idx)), (m, len(idx))) @ u
-
-# %% ../nbs/05_codebook.ipynb #05-codeb-035
+# %% ../nbs/05_codebook.ipynb #05-codeb-036
 def lloyd_pass(
     dirs: Directions,           # the tokens
     codes: Tensor,              # (M, r) unit rows
@@ -250,7 +253,7 @@ def lloyd_pass(
     v, i = torch.cat([w.double() for w in worst], 1)
     return sums, counts, loss / dirs.n, i[v.argsort(stable=True)[:M]].long().cpu()
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-037
+# %% ../nbs/05_codebook.ipynb #05-codeb-038
 @dataclass
 class KMeans:
     "Result of `spherical_kmeans`."
@@ -268,7 +271,7 @@ def check_codebook_size(
     if codebook_size > n_tokens:
         raise ConfigError(f"codebook_size={codebook_size} is larger than the number of training tokens, {n_tokens}; use fewer codes or more images.")
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-038
+# %% ../nbs/05_codebook.ipynb #05-codeb-039
 def spherical_kmeans(
     dirs: Directions,           # the tokens
     codebook_size: int,         # M
@@ -295,7 +298,7 @@ def spherical_kmeans(
     _, counts, loss, _ = lloyd_pass(dirs, codes)
     return KMeans(codes, counts, losses + [loss], revived)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-043
+# %% ../nbs/05_codebook.ipynb #05-codeb-044
 @dataclass
 class Usage:
     "How often each code is the nearest one."
@@ -320,7 +323,7 @@ def usage(
         counts += torch.bincount((u @ book.directions()[:len(book)].T).argmax(1), minlength=len(book))
     return Usage(counts)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-046
+# %% ../nbs/05_codebook.ipynb #05-codeb-047
 @dataclass
 class Projection:
     "Where each code comes from."
@@ -339,7 +342,7 @@ def _top_tokens(dirs, want, k):
             i[rows] = torch.cat([i[rows], j.cpu() + start], 1).gather(1, pick)
     return v, i
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-047
+# %% ../nbs/05_codebook.ipynb #05-codeb-048
 @torch.no_grad()
 def project(
     book: Codebook,
@@ -360,7 +363,7 @@ def project(
     codes = torch.stack([tokens.read([int(a)])[0, int(b)] for a, b in zip(img, pos)])
     return Projection(codes, img, pos, v.gather(1, choice[:, None])[:, 0])
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-050
+# %% ../nbs/05_codebook.ipynb #05-codeb-051
 @dataclass
 class PatchIndex:
     "For each code the nearest patches of the training images, best first."
@@ -392,7 +395,7 @@ def nearest_patches(
         p = torch.cat([p, pos.T.cpu()], 1).gather(1, order)
     return PatchIndex(i, p, v, tokens.grid, list(tokens.ids))
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-054
+# %% ../nbs/05_codebook.ipynb #05-codeb-055
 def grounding(
     book: Codebook,
     tokens: Tokens,   # training tokens

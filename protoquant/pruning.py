@@ -95,7 +95,9 @@ def prune_and_tune(
     k: int,                      # codes a class
     temperature: float, recipe: Recipe, weight_decay: float = 5e-4, seed: int = 40, device="cpu", quiet: bool = True,   # as for `tune`
 ) -> tuple:                      # codebook, Head
-    "Logical pruning to K codes a class as the recipe ranks them, then tuning."
+    "Logical pruning to K codes a class as the recipe ranks them, then tuning. Where codes are tuned too, unused codes are physically removed before (PROTOCOLS C.8)."
     seen = None
     if recipe.prune_by == "contribution": seen = class_presence(presence_of(train, book, temperature, device), train.labels, head.raw.shape[0])
-    return tune(train, val, book, logical_prune(head, k, seen), temperature, recipe, weight_decay, seed, device, quiet)
+    cut = logical_prune(head, k, seen)
+    if recipe.tune_codebook: book, cut, _ = physical_prune(book, cut, exact=False)
+    return tune(train, val, book, cut, temperature, recipe, weight_decay, seed, device, quiet)

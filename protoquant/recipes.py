@@ -52,7 +52,7 @@ class Recipe:
     # pruning
     prune_by: str = "weight"          # the K codes of a class: by 'weight' (paper A.1) or by mean 'contribution' to the class's own images
     epochs_tune: int = 30             # after logical pruning
-    tune_codebook: bool = False       # also tune the codes
+    tune_codebook: bool = False       # physically prune, then tune the codes too (Table 8)
 
     def __post_init__(self):
         if bad := set(self.spaces) - set(SPACES): raise ConfigError(f"recipe {self.name}: unknown space {sorted(bad)}; there are {SPACES}.")
@@ -72,7 +72,7 @@ def batch_of(
 
 # %% ../nbs/07_recipes.ipynb #07-recip-011
 RECIPES = {r.name: r for r in (
-    Recipe("paper", "the paper's text"),
+    Recipe("paper", "the paper's text", tune_codebook=True),
     Recipe("released", "what the authors' published code does", task_weight=1., loss_mean="elements", curve="released", mixup=True, train_codebook=True,
            tune_codebook=True),
     Recipe("grounded", "k-means codes in a denoised space, projected onto training tokens", spaces=("fisher",), codes="kmeans", epochs_stage1=15, project=True,

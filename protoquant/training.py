@@ -22,7 +22,7 @@ from .compat import import_timm
 from .features import Tokens
 from .codebook import (Codebook, Directions, Projection, Space, check_codebook_size, codebook_loss, mean_token, orthogonal_codes,
                                  principal_space, project, spherical_kmeans, unit)
-from .head import NonNegLinear, check_temperature, presence, presence_of
+from .head import NonNegLinear, presence_of, trainable_presence
 from .recipes import Recipe, batch_of
 
 # %% ../nbs/08_training.ipynb #08-train-007
@@ -360,7 +360,6 @@ def fit_codes_and_head(
         for rows, z in _epoch_batches(train, recipe, gen, device):
             target = soft_labels(train.labels[rows].to(device), k, recipe.label_smoothing)
             if recipe.mixup: z, target = mix_tokens(z, target, train.grid, gen)
-            w = lin.weight
             loss = _joint_step(z, target, book, lin, temperature, recipe)
             opt.step(); opt.zero_grad(); losses.append(loss)
         logits = presence_of(val, book, temperature, device) @ lin.weight.detach().cpu().T
@@ -376,7 +375,7 @@ def _joint_step(z, target, book, lin, temperature, recipe, budget=256 << 20):
     total = torch.zeros((), device=z.device)
     for zi, ti in zip(z.split(per), target.split(per)):
         w = lin.weight
-        loss = class_loss(presence(zi, book, temperature) @ w.T, ti, w, recipe) * (len(zi) / len(z))
+        loss = class_loss(trainable_presence(zi, book, temperature) @ w.T, ti, w, recipe) * (len(zi) / len(z))
         loss.backward(); total += loss.detach()
     return total
 
