@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= -p dataset toybirds
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lab readme clean-notebooks
+.PHONY: help setup demo test check bench lab readme refresh clean-notebooks
 
 help:             ## this list
 	@echo "make TARGET, where TARGET is one of"; sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 20
@@ -30,6 +30,9 @@ lab: setup        ## JupyterLab on the notebooks
 
 readme: setup     ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
+
+refresh: setup   ## outputs of run_cub.ipynb and the README's picture, by running the demo
+	@$(BIN)/python tools/refresh.py
 
 clean-notebooks: setup ## remove what changes with every run from the notebooks
 	@$(BIN)/nbdev_clean
