@@ -107,7 +107,10 @@ def test_table_and_choice_of_data(tmp_path):
 
 def test_the_record_is_written_whole(tmp_path, monkeypatch, capsys):
     record = dict(hardware="x", data="toybirds", n=dict(train=1, tokens=49), seed=40, load=[0., 0.], seconds=1., memory=None, rows=[bench.row("a", 1., 2., "b")])
-    monkeypatch.setattr(bench, "run", lambda args: record)
+    monkeypatch.setattr(bench, "run", lambda args: record); monkeypatch.setattr(bench, "ROOT", tmp_path)
     assert bench.main(["--output", str(tmp_path/"b.json")]) == 0
     assert read_json(tmp_path/"b.json")["rows"][0]["ratio"] == .5 and "| a | 1.00 | 2.00 | 0.500" in capsys.readouterr().out
-    assert bench.main(["--quick"]) == 0 and [p.name for p in tmp_path.iterdir()] == ["b.json"]
+    for part in (["--quick"], ["--only", "fit"], ["--skip-memory"]): assert bench.main(part) == 0
+    with pytest.raises(SystemExit): bench.main(["--only", "fits"])
+    assert "there is no fits" in capsys.readouterr().err
+    assert not (tmp_path/"results").exists() and [p.name for p in tmp_path.iterdir()] == ["b.json"]

@@ -31,6 +31,7 @@ from protoquant.head import presence_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 4 * 2**30   # bytes that fitting may take
+PARTS = ["kmeans", "stage2", "fit", "memory"]
 
 
 def say(text):
@@ -46,6 +47,7 @@ def timed(f, *a, **kw):
 
 def row(what, ours, theirs, reference, quality="", note="", **more):
     "A line of the table; seconds of ours and of the reference."
+    say(f"  -> {what}: {ours:.2f} s, {reference} {theirs:.2f} s; {quality}")      # a run that is cut short leaves this
     return dict(what=what, ours=ours, reference=theirs, ratio=ours / max(theirs, 1e-9), against=reference, quality=quality, note=note, **more)
 
 
@@ -251,20 +253,21 @@ def run(args):
     train_, val = store.subset(tr), store.subset(va)
     sizes, few = ((50, 200), dict(epochs_stage1=3, epochs_stage2=3)) if args.quick else ((500, 2000), {})
     recipe, rows = get_recipe("grounded", **few), []
-    if faiss:
+    if faiss and "kmeans" in args.only:
         centred, own = Space(train_.d, mean_token(train_)), make_space(recipe.spaces[0], train_, recipe)
         for m in sizes:
             rows.append(compare_kmeans(train_, centred, "all channels, centred", m, recipe.epochs_stage1, args.seed, 2 if m <= 500 else 1))
             rows.append(compare_kmeans(train_, own, f"grounded's space ({recipe.spaces[0]}, rank {own.rank})", m, recipe.epochs_stage1, args.seed, 2))
         rows.append(compare_stage1(train_, recipe, sizes[0], args.seed))
-    else: say("faiss is not installed: its comparisons are left out (python3 tools/bootstrap.py dev demo bench)")
-    book = codes_by_kmeans(train_, sizes[0], recipe, make_space(recipe.spaces[0], train_, recipe), args.seed).book
-    rows.append(compare_stage2(train_, val, book, recipe.temperatures[0], recipe, args.seed, recipe.epochs_stage2))
-    rows += compare_fit(b, ds, tf, sizes[0], args.seed, few, args.full)
-    memory = None if args.skip_memory else peak_memory(**(dict(m=400, n_images=600) if args.quick else {}))
+    elif not faiss: say("faiss is not installed: its comparisons are left out (python3 tools/bootstrap.py dev demo bench)")
+    if "stage2" in args.only:
+        book = codes_by_kmeans(train_, sizes[0], recipe, make_space(recipe.spaces[0], train_, recipe), args.seed).book
+        rows.append(compare_stage2(train_, val, book, recipe.temperatures[0], recipe, args.seed, min(20, recipe.epochs_stage2)))
+    if "fit" in args.only: rows += compare_fit(b, ds, tf, sizes[0], args.seed, few, args.full)
+    memory = None if args.skip_memory or "memory" not in args.only else peak_memory(**(dict(m=400, n_images=600) if args.quick else {}))
     env = environment("cpu")
     env["versions"]["faiss"] = faiss
-    return dict(data=name, quick=args.quick, seed=args.seed, n=dict(train=len(train_), val=len(val), test=len(ds.test), tokens=train_.n_tokens),
+    return dict(data=name, quick=args.quick, parts=args.only, seed=args.seed, n=dict(train=len(train_), val=len(val), test=len(ds.test), tokens=train_.n_tokens),
                 backbone=b.spec, threads=torch.get_num_threads(), load=[load_before[0], os.getloadavg()[0]], seconds=time.time() - began,
                 **env, **git_state(ROOT), rows=rows, memory=memory)
 
@@ -275,18 +278,20 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="a small version in less than a minute; its numbers mean nothing and are not kept")
     p.add_argument("--full", action="store_true", help="really run the released procedure, with the backbone in every epoch (an hour on two cores)")
     p.add_argument("--skip-memory", action="store_true", help="leave out the memory measurement")
+    p.add_argument("--only", type=lambda t: t.split(","), default=PARTS, metavar="PARTS", help=f"some of {','.join(PARTS)}; not kept unless --output says where")
     p.add_argument("--seed", type=int, default=40)
-    p.add_argument("--output", help="JSON file (default: results/bench/<hardware>.json; none with --quick)")
+    p.add_argument("--output", help="JSON file (default: results/bench/<hardware>.json; none with --quick, --only or --skip-memory)")
     p.add_argument("--memory-child", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.memory_child:
         print(json.dumps(fit_large(**json.loads(args.memory_child))))
         return 0
+    if bad := set(args.only) - set(PARTS): p.error(f"--only: there is no {', '.join(sorted(bad))}; there are {', '.join(PARTS)}")
     r = run(args)
     print(f"{r['hardware']}; {r['data']}, {r['n']['train']} training images, {r['n']['tokens']} tokens; seed {r['seed']}; "
           f"load of the machine {r['load'][0]:.1f} before, {r['load'][1]:.1f} after\n")
     print(table(r["rows"], r["memory"]))
-    out = args.output or (None if args.quick else ROOT/"results"/"bench"/f"{slug(r['hardware'])}.json")
+    out = args.output or (None if args.quick or set(args.only) != set(PARTS) or args.skip_memory else ROOT/"results"/"bench"/f"{slug(r['hardware'])}.json")
     if out:
         write_json(out, r)
         say(f"written to {Path(out).resolve().relative_to(ROOT) if Path(out).resolve().is_relative_to(ROOT) else out}")
