@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Probe', 'accuracy', 'linear_probe', 'learning_rates', 'soft_labels', 'mix_tokens', 'Codes', 'quantised_logits',
            'codes_by_gradient', 'fisher_space', 'make_space', 'codes_in_token_space', 'codes_by_kmeans', 'Head',
-           'class_loss', 'fit_head', 'fit_codes_and_head', 'Trained', 'train', 'relearned']
+           'class_loss', 'calibrated_loss', 'fit_head', 'fit_codes_and_head', 'Trained', 'train', 'relearned']
 
 # %% ../nbs/08_training.ipynb #08-train-002
 import math, time
@@ -275,7 +275,7 @@ class Head:
     last: NonNegLinear       # after the last epoch
     epoch: int               # the selected one
     val_top1: float          # of the selected one
-    val_loss: float
+    val_loss: float          # calibrated
     history: list = field(default_factory=list)
     codes: Tensor = None         # where they were trained
     last_codes: Tensor = None
@@ -291,22 +291,24 @@ def class_loss(
     return loss + recipe.sparsity * weight.sum() if recipe.sparsity else loss
 
 # %% ../nbs/08_training.ipynb #08-train-032
+def calibrated_loss(
+    logits: Tensor,   # (n, k)
+    labels: Tensor,   # (n,)
+) -> float:
+    "Cross entropy after the best rescaling of the logits (factors 0.1 to 30, in steps of 10 %)."
+    return min(float(F.cross_entropy(a * logits, labels)) for a in torch.logspace(-1, 1.48, 60))
+
 class _Best:
-    "Keeps the state with the best validation accuracy, and the history."
-    def __init__(self, stage): self.stage, self.key, self.state, self.epoch, self.history = stage, (-1., 0.), None, None, []
+    "Keeps the state that validation prefers, and the history."
+    def __init__(self, stage, select): self.stage, self.select, self.key, self.state, self.epoch, self.history = stage, select, None, None, None, []
     def see(self, epoch, logits, labels, state, **more):
-        top1, loss = accuracy(logits, labels), float(F.cross_entropy(logits, labels))
-        self.history += [dict(stage=self.stage, epoch=epoch, metric=m, value=float(v)) for m, v in dict(more, val_top1=top1, val_loss=loss).items()]
-        if (top1, -loss) > self.key: self.key, self.state, self.epoch = (top1, -loss), {k: v.detach().clone() for k, v in state.items()}, epoch
+        self.top1, self.loss = accuracy(logits, labels), calibrated_loss(logits, labels)
+        self.history += [dict(stage=self.stage, epoch=epoch, metric=m, value=float(v)) for m, v in dict(more, val_top1=self.top1, val_loss=self.loss).items()]
+        key = (self.top1, -self.loss) if self.select == "accuracy" else (-self.loss, self.top1)
+        if self.key is None or key > self.key:
+            self.key, self.state, self.epoch, self.best = key, {k: v.detach().clone() for k, v in state.items()}, epoch, (self.top1, self.loss)
 
-def _layer(k, m, gen, recipe, start):
-    "A new head, or a copy of the one to go on from, with its mask."
-    if start is None: return NonNegLinear(k, m, gen, *recipe.init)
-    new = NonNegLinear(*start.raw.shape)
-    new.load_state_dict(start.state_dict())
-    return new
-
-# %% ../nbs/08_training.ipynb #08-train-033
+# %% ../nbs/08_training.ipynb #08-train-034
 def fit_head(
     s: Tensor, labels: Tensor,           # (n, M) presence and (n,) classes of the training images
     s_val: Tensor, labels_val: Tensor,   # of the validation images
@@ -323,7 +325,7 @@ def fit_head(
     gen, k = generator(seed, "stage 2"), int(max(labels.max(), labels_val.max())) + 1
     lin = _layer(k, s.shape[1], gen, recipe, start).to(device)
     s, s_val, target = s.to(device), s_val.to(device), soft_labels(labels, k, recipe.label_smoothing).to(device)
-    opt, best, b = _optimiser([lin.raw], recipe, weight_decay), _Best(stage), batch_of(recipe, len(s))
+    opt, best, b = _optimiser([lin.raw], recipe, weight_decay), _Best(stage, recipe.select), batch_of(recipe, len(s))
     with threads_for(2 * b * s.shape[1] * k):
         for e, lr in enumerate(progress(learning_rates(recipe, epochs or recipe.epochs_stage2), f"stage {stage}", unit="epoch", quiet=quiet)):
             _set_lr(opt, lr); losses = []
@@ -334,9 +336,9 @@ def fit_head(
             with torch.no_grad(): best.see(e, lin(s_val).cpu(), labels_val, dict(raw=lin.raw), loss=torch.stack(losses).mean(), lr=lr)
     last = _layer(k, s.shape[1], gen, recipe, lin).cpu()
     lin.raw.data = best.state["raw"]
-    return Head(lin.cpu(), last, best.epoch, best.key[0], -best.key[1], best.history)
+    return Head(lin.cpu(), last, best.epoch, *best.best, best.history)
 
-# %% ../nbs/08_training.ipynb #08-train-036
+# %% ../nbs/08_training.ipynb #08-train-037
 def fit_codes_and_head(
     train: Tokens, val: Tokens,
     book: Codebook,
@@ -354,7 +356,7 @@ def fit_codes_and_head(
     gen, k = generator(seed, "stage 2"), int(max(train.labels.max(), val.labels.max())) + 1
     book = Codebook(book.codes, book.space, book.silent, trainable=recipe.train_codebook or recipe.tune_codebook).to(device)
     lin = _layer(k, len(book), gen, recipe, start).to(device)
-    opt, best = _optimiser([p for p in (lin.raw, book.codes) if p.requires_grad], recipe, weight_decay), _Best(stage)
+    opt, best = _optimiser([p for p in (lin.raw, book.codes) if p.requires_grad], recipe, weight_decay), _Best(stage, recipe.select)
     for e, lr in enumerate(progress(learning_rates(recipe, epochs or recipe.epochs_stage2), f"stage {stage}, codes too", unit="epoch", quiet=quiet)):
         _set_lr(opt, lr); losses = []
         for rows, z in _epoch_batches(train, recipe, gen, device):
@@ -366,9 +368,9 @@ def fit_codes_and_head(
         best.see(e, logits, val.labels, dict(raw=lin.raw, codes=book.codes), loss=torch.stack(losses).mean(), lr=lr)
     last, last_codes = _layer(k, len(book), gen, recipe, lin).cpu(), book.codes.detach().cpu().clone()
     lin.raw.data = best.state["raw"]
-    return Head(lin.cpu(), last, best.epoch, best.key[0], -best.key[1], best.history, best.state["codes"].cpu(), last_codes)
+    return Head(lin.cpu(), last, best.epoch, *best.best, best.history, best.state["codes"].cpu(), last_codes)
 
-# %% ../nbs/08_training.ipynb #08-train-038
+# %% ../nbs/08_training.ipynb #08-train-039
 def _joint_step(z, target, book, lin, temperature, recipe, budget=256 << 20):
     "Gradient of one batch, in pieces of bounded memory; returns the loss."
     per = max(1, budget // (4 * (len(book) + len(book.silent)) * z.shape[1]))
@@ -379,7 +381,7 @@ def _joint_step(z, target, book, lin, temperature, recipe, budget=256 << 20):
         loss.backward(); total += loss.detach()
     return total
 
-# %% ../nbs/08_training.ipynb #08-train-041
+# %% ../nbs/08_training.ipynb #08-train-042
 @dataclass
 class Trained:
     "What the two stages leave."
@@ -400,7 +402,7 @@ class Trained:
         "Long table: stage, epoch, metric, value."
         return pd.DataFrame(self.codes.history + self.fit.history)
 
-# %% ../nbs/08_training.ipynb #08-train-042
+# %% ../nbs/08_training.ipynb #08-train-043
 def _stage2(train, val, codes, recipe, T, wd, seed, device, quiet, cache):
     "One trial of stage 2. Presence is computed once for each set of codes and temperature."
     if recipe.train_codebook: return fit_codes_and_head(train, val, codes.book, T, recipe, wd, seed, device=device, quiet=quiet)
@@ -441,7 +443,7 @@ def train(
     book, last = (Codebook(c, codes.book.space) if c is not None else codes.book for c in (fit.codes, fit.last_codes))
     return Trained(book, fit.head, last, fit.last, T, wd, kind, codes, fit, pd.DataFrame(rows), seconds)
 
-# %% ../nbs/08_training.ipynb #08-train-043
+# %% ../nbs/08_training.ipynb #08-train-044
 def relearned(
     train: Tokens, val: Tokens,
     result: Trained,         # of a recipe with projection
