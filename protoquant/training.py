@@ -308,6 +308,13 @@ class _Best:
         if self.key is None or key > self.key:
             self.key, self.state, self.epoch, self.best = key, {k: v.detach().clone() for k, v in state.items()}, epoch, (self.top1, self.loss)
 
+def _layer(k, m, gen, recipe, start):
+    "A new head, or a copy of the one to go on from, with its mask."
+    if start is None: return NonNegLinear(k, m, gen, *recipe.init)
+    new = NonNegLinear(*start.raw.shape)
+    new.load_state_dict(start.state_dict())
+    return new
+
 # %% ../nbs/08_training.ipynb #08-train-034
 def fit_head(
     s: Tensor, labels: Tensor,           # (n, M) presence and (n,) classes of the training images
