@@ -419,7 +419,7 @@ def run_table(
     seconds = lambda *names: sum(m[n] for n in names if m.get(n) is not None) if any(m.get(n) is not None for n in names) else None
     rows = [("black box, its own head", m.get("top1_blackbox"), None, None, seconds("seconds_features")),
             ("linear probe on the frozen features", m.get("top1_linear_probe"), None, None, seconds("seconds_probe", "seconds_linear_probe")),
-            ("quantised features, black box's head", m.get("top1_quantised_head"), m.get("codes_used", m.get("codes")), None, seconds("seconds_stage1")),
+            ("quantised features, the frozen head", m.get("top1_quantised_head"), m.get("codes_used", m.get("codes")), None, seconds("seconds_stage1")),
             ("ProtoQuant", m.get("top1"), m.get("codes"), m.get("local_size"), seconds("seconds_stage1", "seconds_stage2")),
             (f"ProtoQuant, {k} codes per class", m.get("top1_topk"), m.get("codes_topk"), m.get("local_size_topk"), seconds("seconds_pruning"))]
     if m.get("top1_blackbox") is None: rows = rows[1:]
@@ -476,7 +476,7 @@ def show_comparison(
     return t
 
 def markdown_table(
-    df: pd.DataFrame,  # any table; texts are written as they are
+    df: pd.DataFrame,  # any table; texts are written as they are, a | in them is escaped
 ) -> str:
     "GitHub's Markdown of a table."
-    return df.to_markdown(index=False, disable_numparse=True)
+    return df.map(lambda v: v.replace("|", "\\|") if isinstance(v, str) else v).to_markdown(index=False, disable_numparse=True)
