@@ -68,8 +68,9 @@ def test_every_recipe_learns_and_keeps_what_it_promises(name):
     assert (t.head.weight >= 0).all() and (t.last_head.weight >= 0).all() and not list(t.head.parameters())[0].is_cuda
     assert t.book.codes.shape == (16, 12) and t.head.weight.shape == (4, 16)
     assert t.fit.val_top1 > 60, "four planted concepts are easy"           # chance: 25
-    best = t.history.query("stage == 2 and metric == 'val_top1'").value.max()
-    assert t.fit.val_top1 == pytest.approx(best)                           # the selected epoch is the best one on the validation images
+    top1, loss = (t.history.query("stage == 2 and metric == @m").value for m in ("val_top1", "val_loss"))
+    if get_recipe(name).select == "accuracy": assert t.fit.val_top1 == pytest.approx(top1.max())      # the selected epoch is the best on the validation images
+    else: assert t.fit.val_loss == pytest.approx(loss.min())
     assert t.trials.val_loss.min() == pytest.approx(t.fit.val_loss)        # and the candidate the one with the lowest loss there
     r = get_recipe(name)
     assert len(t.trials) == len(r.spaces) * len(r.temperatures) + len(r.weight_decays) - 1     # temperatures in each space, then weight decays
@@ -200,6 +201,14 @@ def test_linear_probe_is_a_logistic_regression():
     got, want = p(val.pooled()).softmax(1), torch.from_numpy(ref.predict_proba(((val.pooled() - p.mean) / p.std).numpy())).float()
     torch.testing.assert_close(got, want, atol=.01, rtol=0)
     torch.testing.assert_close(p.head(val.as_map(val.read(slice(None)))), p(val.pooled()), atol=1e-4, rtol=1e-4)
+
+
+def test_calibrated_loss_ignores_the_scale_and_is_never_worse():
+    logits, y = randn(50, 4) * 3, torch.arange(50) % 4
+    logits[torch.arange(50), y] += 2
+    plain = NF.cross_entropy(logits, y).item()
+    assert T.calibrated_loss(logits, y) <= plain + 1e-3
+    for a in (.3, 2., 5.): assert T.calibrated_loss(a * logits, y) == pytest.approx(T.calibrated_loss(logits, y), abs=.01)
 
 
 def test_class_loss_against_a_loop():
