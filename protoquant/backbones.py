@@ -68,6 +68,11 @@ class Backbone(nn.Module):
         self.hash = hash_tensors(self.model.state_dict() | {"norm": torch.tensor([NORMS.index(norm)])})
         self.train(False)
 
+    def freeze(self):
+        "Evaluation mode and no gradients, also where somebody reached past this class for the model inside."
+        for m in self.modules(): m.training = False
+        for p in self.parameters(): p.requires_grad = False
+        return self
     def train(self, mode: bool = True):
         "Stays in evaluation mode whatever `mode` is."
         return super().train(False)
@@ -79,6 +84,7 @@ class Backbone(nn.Module):
         x: Tensor,   # (B, 3, h, w), normalised with `mean` and `std`
     ) -> Tensor:     # (B, d, H, W)
         "Feature tokens on their grid."
+        self.freeze()
         f = self.model.forward_features(x)
         grid = None
         if self.is_sequence:
@@ -90,7 +96,7 @@ class Backbone(nn.Module):
         z: Tensor,   # (B, d, H, W)
     ) -> Tensor:     # (B, num_classes)
         "Logits of the black box's own head on given features: global average pooling, its norm, its linear layer."
-        m = self.model
+        m = self.freeze().model
         if self.is_sequence: return m.head(m.head_drop(m.fc_norm(z.flatten(2).mean(2))))
         return m.forward_head(z.permute(0, 2, 3, 1) if self.channels_last else z)
 
@@ -147,6 +153,7 @@ def file_state(
         else: sd = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise WeightsError(f"{path} could not be read as weights ({type(e).__name__}: {e}).") from e
+    if not isinstance(sd, dict): raise WeightsError(f"{path} holds a {type(sd).__name__}, not a state dict (names and tensors); save model.state_dict() instead.")
     for k in ("state_dict", "model"):
         if isinstance(sd.get(k), dict): sd = sd[k]
     sd = {k.removeprefix("module."): v for k, v in sd.items() if isinstance(v, Tensor)}
@@ -166,6 +173,8 @@ def create(
     if norm not in NORMS: raise ConfigError(f"norm={norm!r} is not one of {NORMS}.")
     if name.split(".")[0] not in timm.list_models():
         raise ConfigError(f"timm has no model {name!r}.{nearest_names(name, timm.list_models())}")
+    if "." in name and name not in (tags := timm.list_pretrained(name.split(".")[0] + ".*")):
+        raise ConfigError(f"timm has no weights {name!r}.{nearest_names(name, tags)} There are: {', '.join(tags) or 'none'}.")
     kw, cfg, label = {}, {}, weights
     if weights == "pretrained": model = _from_hub(timm, name)
     else:

@@ -70,7 +70,7 @@ class Space(nn.Module):
         if not damping >= 0: raise ConfigError(f"damping={damping}: a length, 0 or more.")
         self.register_buffer("damping", torch.tensor(float(damping)))
         self.register_buffer("center", torch.zeros(d) if center is None else center.detach().clone().float())
-        self.register_buffer("basis", torch.zeros(d, 0) if basis is None else basis.detach().clone().float())
+        self.register_buffer("basis", torch.zeros(d, 0) if basis is None else basis.detach().float().clone(memory_format=torch.contiguous_format))
         if len(self.center) != d or len(self.basis) != d: raise ConfigError(f"a space for {d} channels cannot have a centre of {len(self.center)} and a basis of {len(self.basis)}.")
     @property
     def d(self): return len(self.center)
@@ -347,21 +347,22 @@ def _top_tokens(dirs, want, k):
 def project(
     book: Codebook,
     tokens: Tokens,          # training tokens
-    candidates: int = 16,    # how far down its list a code may look for a free token
+    candidates: int = 16,    # how far down its list a code looks for a free token at first
     dirs: Directions = None, # the tokens' directions, where they are at hand
 ) -> Projection:
-    "Replace every code by a training token of its own, the nearest one that is free."
-    dirs = dirs or Directions(tokens, book.space, budget=0)
-    v, i = _top_tokens(dirs, book.directions()[:len(book)].to(dirs.device), min(candidates, tokens.n_tokens))
-    choice, taken = torch.full((len(book),), -1), set()
-    for flat in v.flatten().argsort(descending=True, stable=True).tolist():
-        m, r = divmod(flat, v.shape[1]); t = int(i[m, r])
-        if choice[m] < 0 and t not in taken: choice[m] = r; taken.add(t)
-    choice = choice.clamp_min(0)   # every candidate taken: share the nearest
-    token = i.gather(1, choice[:, None])[:, 0]
+    "Replace every code by a training token of its own, the nearest one that is free. Raises `ConfigError` for more codes than tokens."
+    check_codebook_size(len(book), tokens.n_tokens)
+    dirs, want = dirs or Directions(tokens, book.space, budget=0), book.directions()[:len(book)]
+    token, cos, taken, k = torch.full((len(book),), -1), torch.zeros(len(book)), set(), min(candidates, tokens.n_tokens)
+    while len(left := (token < 0).nonzero()[:, 0]):
+        v, i = _top_tokens(dirs, want[left].to(dirs.device), k)
+        for flat in v.flatten().argsort(descending=True, stable=True).tolist():
+            m, r = divmod(flat, v.shape[1]); t = int(i[m, r])
+            if token[left[m]] < 0 and t not in taken: token[left[m]], cos[left[m]] = t, v[m, r]; taken.add(t)
+        k = min(8 * k, tokens.n_tokens)   # all candidates taken: look further down the list
     img, pos = token // tokens.positions, token % tokens.positions
     codes = torch.stack([tokens.read([int(a)])[0, int(b)] for a, b in zip(img, pos)])
-    return Projection(codes, img, pos, v.gather(1, choice[:, None])[:, 0])
+    return Projection(codes, img, pos, cos)
 
 # %% ../nbs/05_codebook.ipynb #05-codeb-051
 @dataclass

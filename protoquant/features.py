@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'Tokens', 'FeatureStore', 'store_key', 'extract', 'extract_views', 'stack_views']
 
 # %% ../nbs/04_features.ipynb #04-featu-002
-import time, zlib
+import errno, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -172,8 +172,11 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder) + ".lock"):
         try: return FeatureStore(folder)
-        except (FileNotFoundError, StoreError, DataError, ValueError, KeyError, OSError): pass
-        _fill(folder, key, backbone, images, transform, batch_size, pick_device(device), workers, quiet)
+        except (FileNotFoundError, StoreError, DataError, ValueError, KeyError, OSError, EOFError): pass
+        try: _fill(folder, key, backbone, images, transform, batch_size, pick_device(device), workers, quiet)
+        except OSError as e:
+            if e.errno != errno.ENOSPC: raise
+            raise StoreError(f"the disk that holds {folder} is full; free some space or set PROTOQUANT_CACHE to another disk, then run again: finished blocks are kept.") from e
         return FeatureStore(folder, verify=False)
 
 # %% ../nbs/04_features.ipynb #04-featu-016
@@ -212,9 +215,10 @@ def _reopen(folder, key, shape, nb):
             tokens = np.lib.format.open_memmap(f, mode="r+")
             if old["key"] == key and old["shape"] == list(shape) == list(tokens.shape):
                 crc = [c if c is not None and _crc(tokens, b) == c else None for b, c in enumerate(old["crc"])]
+                write_json(folder/"partial.json", dict(key=key, shape=list(shape), crc=crc))   # before the old record goes: an interruption now loses nothing
                 (folder/"meta.json").unlink(missing_ok=True)
                 return tokens, crc
-        except (FileNotFoundError, DataError, ValueError, KeyError, OSError): continue
+        except (FileNotFoundError, DataError, ValueError, KeyError, OSError, EOFError): continue
     for name in ("meta.json", "partial.json", "tokens.npy"): (folder/name).unlink(missing_ok=True)
     nbytes = int(np.prod(shape)) * 2
     require_space(folder, nbytes, f"the feature store of {shape[0]} images ({folder})")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-from .core import ConfigError, DataError, WeightsError, atomic_path, hash_tensors
+from .core import ConfigError, DataError, WeightsError, atomic_path, hash_json, hash_tensors
 from . import backbones
 from .backbones import Backbone
 from .codebook import Codebook, PatchIndex, Projection, Space
@@ -137,6 +137,8 @@ def limit(self: ProtoQuant,
 
 # %% ../nbs/10_model.ipynb #10-model-015
 FORMAT = 1
+def _number(v): return v.item() if hasattr(v, "item") else str(v)
+def _whole_hash(tensors, about): return hash_json([hash_tensors(tensors), about])
 _PARTS = dict(index=(PatchIndex, ("image", "position", "similarity")), projection=(Projection, ("image", "position", "cosine")))
 
 @patch
@@ -150,8 +152,9 @@ def save(self: ProtoQuant,
         if (obj := getattr(self, name)) is not None: t |= {f"{name}.{f}": getattr(obj, f) for f in fs}
     t = {k: v.detach().cpu().contiguous() for k, v in t.items()}
     about = dict(format=FORMAT, temperature=self.temperature, class_names=self.class_names, backbone=self.backbone.spec, transform=[list(self.transform.size), self.transform.mode],
-                 recipe=self.recipe, metrics=self.metrics, index=dict(grid=list(self.index.grid), ids=self.index.ids) if self.index else None, hash=hash_tensors(t))
-    with atomic_path(path) as p: save_file(t, p, {"protoquant": json.dumps(about, default=str)})
+                 recipe=self.recipe, metrics=self.metrics, index=dict(grid=list(self.index.grid), ids=self.index.ids) if self.index else None)
+    about = json.loads(json.dumps(about, default=_number))
+    with atomic_path(path) as p: save_file(t, p, {"protoquant": json.dumps(about | dict(hash=_whole_hash(t, about)))})
 
 # %% ../nbs/10_model.ipynb #10-model-016
 def _open(path):
@@ -165,7 +168,8 @@ def _open(path):
             t = {k: f.get_tensor(k) for k in f.keys()}
     except Exception as e: raise WeightsError(f"{path} is not a model of protoquant, or damaged ({type(e).__name__}: {e}).") from e
     if about["format"] != FORMAT: raise WeightsError(f"{path} has format {about['format']}; this version reads {FORMAT}.")
-    if hash_tensors(t) != about["hash"]: raise WeightsError(f"{path} is damaged: its tensors have hash {hash_tensors(t)}, not {about['hash']}.")
+    said = about.pop("hash")
+    if (found := _whole_hash(t, about)) != said: raise WeightsError(f"{path} is damaged: its content has hash {found}, not {said}.")
     return t, about
 
 def _its_backbone(spec, given):

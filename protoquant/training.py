@@ -430,6 +430,7 @@ def train(
 ) -> Trained:
     "Both stages of a recipe. Raises `ConfigError` for an impossible codebook size and `DataError` for features that are not finite."
     check_codebook_size(codebook_size, train.n_tokens)
+    mean_token(train)                                   # refuses features that are not finite
     rows, best, cache, seconds = [], None, {}, dict(stage1=0., stage2=0.)
     def trial(kind, codes, T, wd):
         nonlocal best

@@ -259,7 +259,6 @@ def test_a_code_that_is_a_token_projects_onto_itself_and_projecting_twice_change
     torch.testing.assert_close(C.project(C.Codebook(p.codes, b.space), t).codes, p.codes)
 
 
-@pytest.mark.xfail(strict=True, reason="codes whose candidates are all taken share a token: project() should go on to the nearest free token")
 def test_crowded_codes_still_get_tokens_of_their_own():
     t = labelled(per_class=3, side=2)
     crowd = C.Codebook(t.read([0])[0, :1] + 1e-3 * randn(20, 12))      # more codes in one place than candidates

@@ -72,7 +72,6 @@ def test_saved_and_loaded_is_the_same(tmp_path, resnet, silent, full):
     assert (tmp_path/"again.safetensors").read_bytes() == f.read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="Space keeps the strides of eigh's flipped basis; a loaded basis is contiguous, so products differ in the last bit")
 def test_loaded_logits_are_the_same_bit_for_bit(tmp_path, resnet):
     m, x = make(resnet), randn(2, 3, 64, 64)
     m.save(tmp_path/"m.safetensors")
@@ -112,8 +111,7 @@ def harm(f, how):
     f.write_bytes(bytes(raw))
 
 
-@pytest.mark.parametrize("how", ("tensor", "first tensor byte", "cut", "header", "empty", pytest.param("temperature", marks=pytest.mark.xfail(
-    strict=True, reason="the hash covers the tensors only: a changed digit in the description (temperature, names) is not noticed"))))
+@pytest.mark.parametrize("how", ("tensor", "first tensor byte", "cut", "header", "empty", "temperature"))
 def test_a_damaged_file_is_noticed(tmp_path, resnet, how):
     f = tmp_path/"m.safetensors"
     make(resnet).save(f); harm(f, how)
