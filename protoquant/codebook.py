@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPS', 'unit', 'cosine', 'codebook_loss', 'Space', 'Codebook', 'orthogonal_codes', 'Directions', 'mean_token',
-           'principal_space', 'kmeans_plus_plus', 'fast_dtype', 'lloyd_pass', 'KMeans', 'check_codebook_size',
+           'principal_space', 'kmeans_plus_plus', 'fast_dtype', 'lloyd_pass', 'Sketch', 'KMeans', 'check_codebook_size',
            'spherical_kmeans', 'Usage', 'usage', 'Projection', 'project', 'PatchIndex', 'nearest_patches', 'grounding']
 
 # %% ../nbs/05_codebook.ipynb #05-codeb-002
@@ -245,7 +245,7 @@ def lloyd_pass(
     loss, worst = 0., []
     ct = codes.to(dtype).T
     for start, u in dirs:
-        best, idx = (torch.cat(t) for t in zip(*((b.to(dtype) @ ct).max(1) for b in u.split(max(256, (64 << 20) // (4 * M))))))
+        best, idx = (torch.cat(t) for t in zip(*((b.to(dtype) @ ct).max(1) for b in u.split(max(512, (16 << 20) // (4 * M))))))
         sums += _group_sum(u, idx, M); counts += torch.bincount(idx, minlength=M)
         loss += float((1 - best.float()).sum(dtype=torch.float64))
         v, i = best.float().topk(min(M, len(best)), largest=False)
@@ -254,6 +254,35 @@ def lloyd_pass(
     return sums, counts, loss / dirs.n, i[v.argsort(stable=True)[:M]].long().cpu()
 
 # %% ../nbs/05_codebook.ipynb #05-codeb-038
+class Sketch:
+    "Tokens reduced to their leading directions, found on a sample: an inner product with a unit vector here is a true cosine with a code that lies in these directions."
+    def __init__(self,
+        dirs: Directions,      # the tokens
+        sample: Tensor,        # (s, d) some of them
+        rank: int,             # directions kept
+        gen: torch.Generator,
+        budget: int = 1 << 30, # bytes that may be kept in memory
+    ):
+        basis = torch.randn(dirs.d, rank, generator=gen).to(sample.device)
+        for _ in range(3): basis = torch.linalg.qr(sample.T @ (sample @ basis)).Q     # subspace iteration
+        self.dirs, self.n, self.device, self.basis = dirs, dirs.n, dirs.device, basis
+        self._kept = None if self.n * rank * 4 <= budget else False
+    def __iter__(self):
+        if self._kept: yield from self._kept; return
+        items = ((start, u @ self.basis) for start, u in self.dirs)
+        if self._kept is None: items = self._kept = list(items)
+        yield from items
+    def rows(self, which): return self.dirs.rows(which) @ self.basis
+    def lift(self,
+        codes: Tensor,   # (M, rank)
+    ) -> Tensor:         # (M, d)
+        "Codes in all channels: the mean direction of each code's tokens, or the code itself where it has none."
+        sums, ct = torch.zeros(len(codes), self.dirs.d, device=self.device), codes.T
+        for (_, v), (_, u) in zip(self, self.dirs):
+            sums += _group_sum(u, torch.cat([(b @ ct).argmax(1) for b in v.split(max(512, (16 << 20) // (4 * len(codes))))]), len(codes))
+        return torch.where(sums.any(1, keepdim=True), unit(sums), codes @ self.basis.T)
+
+# %% ../nbs/05_codebook.ipynb #05-codeb-040
 @dataclass
 class KMeans:
     "Result of `spherical_kmeans`."
@@ -271,34 +300,36 @@ def check_codebook_size(
     if codebook_size > n_tokens:
         raise ConfigError(f"codebook_size={codebook_size} is larger than the number of training tokens, {n_tokens}; use fewer codes or more images.")
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-039
+# %% ../nbs/05_codebook.ipynb #05-codeb-041
 def spherical_kmeans(
     dirs: Directions,           # the tokens
     codebook_size: int,         # M
     gen: torch.Generator,
     passes: int = 20,           # passes over all tokens
-    exact: int = 2,             # last passes in single precision
+    exact: int = 3,             # last passes in all channels and in single precision
+    sketch: int = 5,            # the passes before them use one in so many directions, where tokens have 256 channels or more; 0: never
     quiet: bool = True,
 ) -> KMeans:
     "Codes that minimise the mean of 1 - cos over all tokens. Raises `ConfigError` for an impossible codebook size."
     check_codebook_size(codebook_size, dirs.n)
     sample = torch.randperm(dirs.n, generator=gen)[:max(4096, 3 * codebook_size)]
-    if codebook_size <= 4096:
-        u = dirs.rows(sample)
-        codes = u[kmeans_plus_plus(u, codebook_size, gen)]
-    else: codes = dirs.rows(sample[:codebook_size])
+    u = dirs.rows(sample)
+    work = Sketch(dirs, u[:4096], dirs.d // sketch, gen) if sketch and dirs.d >= 256 and passes > exact else dirs
+    if work is not dirs: u = u @ work.basis
+    codes = unit(u[kmeans_plus_plus(unit(u), codebook_size, gen)] if codebook_size <= 4096 else u[:codebook_size])
     losses, revived, fast = [], 0, fast_dtype(dirs.device)
     for p in progress(range(passes), "k-means", unit="pass", quiet=quiet):
-        sums, counts, loss, worst = lloyd_pass(dirs, codes, fast if p < passes - exact else torch.float32)
+        if p == passes - exact and work is not dirs: codes, work = work.lift(codes), dirs
+        sums, counts, loss, worst = lloyd_pass(work, codes, fast if p < passes - exact else torch.float32)
         losses.append(loss)
         codes = torch.where(counts[:, None] > 0, unit(sums), codes)
         dead = (counts == 0).nonzero()[:, 0]
         if len(dead) and p < passes - 1:
-            codes[dead[:len(worst)]] = dirs.rows(worst[:len(dead)]); revived += len(dead)
+            codes[dead[:len(worst)]] = unit(work.rows(worst[:len(dead)])); revived += len(dead)
     _, counts, loss, _ = lloyd_pass(dirs, codes)
     return KMeans(codes, counts, losses + [loss], revived)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-044
+# %% ../nbs/05_codebook.ipynb #05-codeb-048
 @dataclass
 class Usage:
     "How often each code is the nearest one."
@@ -323,7 +354,7 @@ def usage(
         counts += torch.bincount((u @ book.directions()[:len(book)].T).argmax(1), minlength=len(book))
     return Usage(counts)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-047
+# %% ../nbs/05_codebook.ipynb #05-codeb-051
 @dataclass
 class Projection:
     "Where each code comes from."
@@ -342,7 +373,7 @@ def _top_tokens(dirs, want, k):
             i[rows] = torch.cat([i[rows], j.cpu() + start], 1).gather(1, pick)
     return v, i
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-048
+# %% ../nbs/05_codebook.ipynb #05-codeb-052
 @torch.no_grad()
 def project(
     book: Codebook,
@@ -364,7 +395,7 @@ def project(
     codes = torch.stack([tokens.read([int(a)])[0, int(b)] for a, b in zip(img, pos)])
     return Projection(codes, img, pos, cos)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-051
+# %% ../nbs/05_codebook.ipynb #05-codeb-055
 @dataclass
 class PatchIndex:
     "For each code the nearest patches of the training images, best first."
@@ -396,7 +427,7 @@ def nearest_patches(
         p = torch.cat([p, pos.T.cpu()], 1).gather(1, order)
     return PatchIndex(i, p, v, tokens.grid, list(tokens.ids))
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-055
+# %% ../nbs/05_codebook.ipynb #05-codeb-059
 def grounding(
     book: Codebook,
     tokens: Tokens,   # training tokens
