@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PLACES', 'FULL', 'KEYS', 'check_parameters', 'take_parameters', 'run_key', 'clone_root', 'git_state',
-           'environment', 'run_scale', 'results_dir', 'Run', 'load_runs', 'summarise', 'show_number', 'show_summary',
-           'run_table', 'paper_values', 'compare', 'show_comparison', 'markdown_table']
+           'environment', 'run_scale', 'public_parameters', 'results_dir', 'Run', 'load_runs', 'summarise',
+           'show_number', 'show_summary', 'run_table', 'paper_values', 'compare', 'show_comparison', 'markdown_table']
 
 # %% ../nbs/14_results.ipynb #14-resul-002
 import ast, contextlib, datetime, os, platform, re, socket, subprocess, time, warnings
@@ -166,7 +166,7 @@ def _alive(
     except PermissionError: return True
     return True
 
-def _public(
+def public_parameters(
     params: dict,  # parameters by name
 ) -> dict:         # the same, with folders reduced to their last name
     "Parameters as they are recorded: absolute paths of this machine are left out."
@@ -298,7 +298,7 @@ def finish(
 ) -> dict:              # the record
     "Write the record. From here on the run is complete."
     if not isinstance(n_images, dict): raise ConfigError(f"n_images={n_images!r}: give the number of images by split, e.g. dict(train=1498, test=1389).")
-    r = dict(schema=SCHEMA, experiment=self.experiment, key=self.key, parameters=_public(self.params), seed=self.params.get("seed"),
+    r = dict(schema=SCHEMA, experiment=self.experiment, key=self.key, parameters=public_parameters(self.params), seed=self.params.get("seed"),
              metrics={k: _number(k, v) for k, v in metrics.items()}, n_images={k: int(v) for k, v in n_images.items()}, crop=crop,
              scale=scale or run_scale(self.params.get("dataset"), n_images), **environment(self._start["device"]), git=git_state(),
              data=self._start["data"], weights=self._start["weights"], recipe=self._start["recipe"], seconds=round(time.time() - self.began, 2), date=_now(),
