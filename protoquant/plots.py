@@ -89,6 +89,7 @@ def reduced(
     f = side / max(w, h)
     return image if f >= 1 else image.resize((max(1, round(w * f)), max(1, round(h * f))), Image.Resampling.LANCZOS)
 
+# %% ../nbs/12_plots.ipynb #12-plots-016
 def _bare(ax, window, square=False):
     "No ticks, a thin frame; a square one, with the picture in the middle, where asked."
     x0, y0, x1, y1 = window
@@ -121,7 +122,7 @@ def show_image(
     ax.imshow(np.asarray(reduced(im, side)), extent=(b[0], b[2], b[3], b[1]), interpolation="bilinear")
     return _bare(ax, b, square)
 
-# %% ../nbs/12_plots.ipynb #12-plots-017
+# %% ../nbs/12_plots.ipynb #12-plots-018
 def ink_on(colour: str) -> str:
     "Black or white: what can be read on a colour."
     r, g, b = to_rgb(colour)
@@ -153,7 +154,7 @@ def draw_boxes(
         if labels is not None: _tag(ax, labels[i], (x0, y0), c, 10 * again, below=y0 - top < .06 * tall)
     return ax
 
-# %% ../nbs/12_plots.ipynb #12-plots-021
+# %% ../nbs/12_plots.ipynb #12-plots-022
 CMAP = "magma"
 
 def spread(
@@ -184,7 +185,7 @@ def overlay(
     a = alpha * v**.8
     return (1 - a) * grey + a * plt.get_cmap(CMAP)(.15 + .85 * v[..., 0])[..., :3]
 
-# %% ../nbs/12_plots.ipynb #12-plots-022
+# %% ../nbs/12_plots.ipynb #12-plots-023
 @styled
 def heat_map(
     ax,
@@ -204,7 +205,7 @@ def heat_map(
     ax.imshow(overlay(small, map, e, vmin, vmax), extent=(b[0], b[2], b[3], b[1]), interpolation="bilinear")
     return _bare(ax, b, square)
 
-# %% ../nbs/12_plots.ipynb #12-plots-026
+# %% ../nbs/12_plots.ipynb #12-plots-027
 VIEWS = ("full", "seen")
 
 def _window(view, extent):
@@ -227,7 +228,7 @@ def _patch_row(axes, patches, images, colour, side, view):
         _boxed(ax, p, images, colour, side, view)
         ax.set_xlabel(f"{short(p.class_name, 14)} · {p.similarity:.2f}", fontsize=7, labelpad=2, color=INK)
 
-# %% ../nbs/12_plots.ipynb #12-plots-027
+# %% ../nbs/12_plots.ipynb #12-plots-028
 @styled
 def prototype_grid(
     codes,                # code numbers
@@ -251,7 +252,7 @@ def prototype_grid(
     if title: fig.suptitle(title, x=.01, ha="left", fontsize=10)
     return fig
 
-# %% ../nbs/12_plots.ipynb #12-plots-030
+# %% ../nbs/12_plots.ipynb #12-plots-031
 def crop_of(
     image: Image.Image,
     box,                   # (x0, y0, x1, y1)
@@ -278,7 +279,7 @@ def crop_strip(
         out.paste(crop_of(images.full_image(p.row), p.box_full, side, context), (c * (side + 1) + 1, r * (side + 1) + 1))
     return np.asarray(out)
 
-# %% ../nbs/12_plots.ipynb #12-plots-031
+# %% ../nbs/12_plots.ipynb #12-plots-032
 @styled
 def prototype_crops(
     ax,
@@ -295,7 +296,7 @@ def prototype_crops(
     ax.set_axis_off()
     return ax
 
-# %% ../nbs/12_plots.ipynb #12-plots-034
+# %% ../nbs/12_plots.ipynb #12-plots-035
 @styled
 def contribution_bars(
     ax,
@@ -318,7 +319,7 @@ def contribution_bars(
     ax.tick_params(axis="y", length=0)
     return ax
 
-# %% ../nbs/12_plots.ipynb #12-plots-038
+# %% ../nbs/12_plots.ipynb #12-plots-039
 def _headline(e):
     "What was said, and whether it is true."
     says = f"predicted {short(e.predicted_name, 30)} (p = {e.probabilities[e.predicted]:.2f})"
@@ -360,7 +361,7 @@ def _code_rows(fig, e, im, train, k, side, view):
     axes[0, 0].set_title(f"map (0 to {e.map.max():.2f})", fontsize=8)
     if k: axes[0, 1].set_title("nearest training images (class · similarity)", fontsize=8)
 
-# %% ../nbs/12_plots.ipynb #12-plots-041
+# %% ../nbs/12_plots.ipynb #12-plots-042
 @styled
 def class_sheet(
     explanation: ClassExplanation,
@@ -391,7 +392,7 @@ def _sheet_cell(fig, e, i, patches, images, context, wide, view):
     also = f"\nalso in {len(e.shared[i])} other class{'es' * (len(e.shared[i]) > 1)}" if e.shared[i] else "\nonly in this class"
     left.set_title(f"code {e.codes[i]}: weight {e.weight[i]:.2f}{mean}{also}", fontsize=8)
 
-# %% ../nbs/12_plots.ipynb #12-plots-044
+# %% ../nbs/12_plots.ipynb #12-plots-045
 @styled
 def code_usage(
     counts,       # (M,) tokens of each code, or a `Usage`
@@ -415,7 +416,7 @@ def code_usage(
     ax.set_title(f"{u.used} of {len(c)} codes used, perplexity {u.perplexity:.0f}")
     return ax
 
-# %% ../nbs/12_plots.ipynb #12-plots-047
+# %% ../nbs/12_plots.ipynb #12-plots-048
 def _order(w):
     "Columns by the class of their largest weight, then by that weight; columns of zeros are dropped."
     used = np.flatnonzero(w.max(0) > 0)
@@ -455,7 +456,7 @@ def _counts(ax, v, label, unit, colour):
     ax.set(xlabel=label, ylabel=unit); ax.set_title(f"mean {v.mean():.1f}" if len(v) else "none")
     ax.xaxis.get_major_locator().set_params(integer=True); ax.yaxis.get_major_locator().set_params(integer=True)
 
-# %% ../nbs/12_plots.ipynb #12-plots-050
+# %% ../nbs/12_plots.ipynb #12-plots-051
 KINDS = dict(loss=r"loss|mse|cross|penalty", accuracy=r"top1|top5|acc|val$", rate=r"^lr|rate", share=r"dead|used|perplex")
 
 def long_history(
@@ -499,7 +500,7 @@ def _curves(ax, df, kind, stage, selected):
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
 
-# %% ../nbs/12_plots.ipynb #12-plots-053
+# %% ../nbs/12_plots.ipynb #12-plots-054
 @styled
 def accuracy_bars(
     table,                     # DataFrame with the columns `name` and `value`, also `sd` and `paper` where known; or a dict or Series name -> value

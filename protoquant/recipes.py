@@ -15,6 +15,7 @@ from .core import ConfigError, hash_json, nearest_names
 # %% ../nbs/07_recipes.ipynb #07-recip-005
 SPACES, CODES, CURVES, SELECT = ("plain", "principal", "fisher"), ("gradient", "kmeans"), ("exact", "released"), ("accuracy", "calibrated")
 
+# %% ../nbs/07_recipes.ipynb #07-recip-006
 @dataclass(frozen=True)
 class Recipe:
     "Every decision of the two stages and of pruning. Raises `ConfigError` for values that cannot work."
@@ -55,15 +56,19 @@ class Recipe:
     epochs_tune: int = 30             # after logical pruning
     tune_codebook: bool = False       # physically prune, then tune the codes too (Table 8)
 
-    def __post_init__(self):
-        if bad := set(self.spaces) - set(SPACES): raise ConfigError(f"recipe {self.name}: unknown space {sorted(bad)}; there are {SPACES}.")
-        for field, allowed in (("codes", CODES), ("curve", CURVES), ("select", SELECT), ("loss_mean", ("tokens", "elements")), ("prune_by", ("weight", "contribution"))):
-            if getattr(self, field) not in allowed: raise ConfigError(f"recipe {self.name}: {field}={getattr(self, field)!r} is not one of {allowed}.")
-        if min(self.temperatures) <= 0: raise ConfigError(f"recipe {self.name}: a temperature divides the cosine and must be above 0.")
-        if min(self.epochs_stage1, self.epochs_stage2) < 1: raise ConfigError(f"recipe {self.name}: each stage needs at least one epoch.")
-        if self.codes == "kmeans" and self.task_weight: raise ConfigError(f"recipe {self.name}: k-means knows no task loss; set task_weight=0 or codes='gradient'.")
+    def __post_init__(self): _check(self)
 
-# %% ../nbs/07_recipes.ipynb #07-recip-008
+# %% ../nbs/07_recipes.ipynb #07-recip-007
+def _check(self):
+    "Raise `ConfigError` for a recipe that cannot work."
+    if bad := set(self.spaces) - set(SPACES): raise ConfigError(f"recipe {self.name}: unknown space {sorted(bad)}; there are {SPACES}.")
+    for field, allowed in (("codes", CODES), ("curve", CURVES), ("select", SELECT), ("loss_mean", ("tokens", "elements")), ("prune_by", ("weight", "contribution"))):
+        if getattr(self, field) not in allowed: raise ConfigError(f"recipe {self.name}: {field}={getattr(self, field)!r} is not one of {allowed}.")
+    if min(self.temperatures) <= 0: raise ConfigError(f"recipe {self.name}: a temperature divides the cosine and must be above 0.")
+    if min(self.epochs_stage1, self.epochs_stage2) < 1: raise ConfigError(f"recipe {self.name}: each stage needs at least one epoch.")
+    if self.codes == "kmeans" and self.task_weight: raise ConfigError(f"recipe {self.name}: k-means knows no task loss; set task_weight=0 or codes='gradient'.")
+
+# %% ../nbs/07_recipes.ipynb #07-recip-010
 def batch_of(
     recipe: Recipe,
     n: int,       # training images
@@ -71,7 +76,7 @@ def batch_of(
     "The recipe's batch size, smaller where an epoch would have fewer than `recipe.steps` steps."
     return max(1, min(recipe.batch_size, n // recipe.steps))
 
-# %% ../nbs/07_recipes.ipynb #07-recip-011
+# %% ../nbs/07_recipes.ipynb #07-recip-013
 RECIPES = {r.name: r for r in (
     Recipe("paper", "the paper's text", tune_codebook=True),
     Recipe("released", "what the authors' published code does", task_weight=1., loss_mean="elements", curve="released", mixup=True, train_codebook=True,
@@ -91,7 +96,7 @@ def get_recipe(
         if k not in known: raise ConfigError(f"a recipe has no field {k!r}.{nearest_names(k, known)}")
     return replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
 
-# %% ../nbs/07_recipes.ipynb #07-recip-014
+# %% ../nbs/07_recipes.ipynb #07-recip-016
 def differences(
     recipes=None,        # recipes or their names; the three by default
 ) -> pd.DataFrame:       # one row for each field that is not the same in all
