@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'EXAMPLES', 'find_nbs', 'experiments', 'find_experiment', 'parameters', 'read_value', 'read_parameters',
-           'execute', 'run', 'results', 'datasets', 'parser', 'main']
+           'execute', 'run', 'find_run', 'require', 'results', 'datasets', 'parser', 'main']
 
 # %% ../nbs/15_cli.ipynb #15-cli-002
 import argparse, ast, contextlib, json, os, shutil, sys, tempfile, time
@@ -91,14 +91,15 @@ def read_parameters(
 # %% ../nbs/15_cli.ipynb #15-cli-018
 @contextlib.contextmanager
 def _environ(**kw):
-    "Set environment variables for a while; the kernel inherits them."
-    old = {k: os.environ.get(k) for k in kw}
-    os.environ.update({k: v for k, v in kw.items() if v is not None})
-    try: yield
-    finally:
-        for k, v in old.items():
+    "Set environment variables for a while (None: unset); the kernel inherits them."
+    def put(values):
+        for k, v in values.items():
             if v is None: os.environ.pop(k, None)
             else: os.environ[k] = v
+    old = {k: os.environ.get(k) for k in kw}
+    put(kw)
+    try: yield
+    finally: put(old)
 
 # %% ../nbs/15_cli.ipynb #15-cli-019
 def execute(
@@ -144,15 +145,11 @@ def _near(path):
 # %% ../nbs/15_cli.ipynb #15-cli-023
 def run(args) -> int:
     "`protoquant run`; returns the exit status."
-    from protoquant.results import results_dir
     notebook = find_experiment(args.experiment)
     known = parameters(notebook)
     if args.list_parameters: return _list(known)
     given = read_parameters(args.parameter or [], known)
-    output_dir = results_dir(given.get("output_dir", known.get("output_dir", ("results", ""))[0]))
-    work = output_dir/notebook.stem[4:]
-    work.mkdir(parents=True, exist_ok=True)
-    out, began = work/f".running-{os.getpid()}.ipynb", time.time()
+    out, began = _workplace(notebook, given.get("output_dir", known.get("output_dir", ("results", ""))[0])), time.time()
     try: where = execute(notebook, given, out, args.force, args.quiet)
     except KeyboardInterrupt:
         out.unlink(missing_ok=True)
@@ -160,36 +157,95 @@ def run(args) -> int:
     except _papermill().PapermillExecutionError as e: return _failed(e, out)
     return _keep(where, out, args.output, time.time() - began)
 
+def _workplace(notebook: Path, output_dir) -> Path:
+    "Where the notebook is written while it runs."
+    from protoquant.results import results_dir
+    work = results_dir(output_dir)/notebook.stem[4:]
+    work.mkdir(parents=True, exist_ok=True)
+    return work/f".running-{os.getpid()}.ipynb"
+
 def _list(known):
     width = max(map(len, known))
     for k, (d, note) in known.items(): _say(f"{k:<{width}}  {d!r}" + (f"   # {note}" if note else ""))
     return 0
 
 # %% ../nbs/15_cli.ipynb #15-cli-024
-def _failed(e, out: Path) -> int:
-    "Say what went wrong, keep the notebook."
+def _aside(out: Path) -> Path:
+    "Keep the notebook of a run that failed, for a look."
     kept = out.with_name(f"failed-{os.getpid()}.ipynb")
     if out.exists(): os.replace(out, kept)
-    print(f"\nprotoquant: cell {e.exec_count} failed: {e.ename}: {e.evalue}\nthe notebook up to there: {_near(kept)}", file=sys.stderr)
+    return kept
+
+def _failed(e, out: Path) -> int:
+    "Say what went wrong, keep the notebook."
+    print(f"\nprotoquant: cell {e.exec_count} failed: {e.ename}: {e.evalue}\nthe notebook up to there: {_near(_aside(out))}", file=sys.stderr)
     return 1
+
+def _settle(where: dict, out: Path) -> Path:
+    "Move the executed notebook to its run; None where there is no complete record."
+    folder = Path(where["folder"]) if where else None
+    if folder is None or not (folder/"run.json").exists(): return None
+    if where["done"] and (folder/"executed.ipynb").exists(): out.unlink()
+    else: os.replace(out, folder/"executed.ipynb")
+    return folder
 
 def _keep(where: dict, out: Path, copy, seconds: float) -> int:
     "Move the executed notebook to its run, print the table."
-    folder = Path(where["folder"]) if where else None
     if copy:
         Path(copy).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(out, copy)
-    if folder is None or not (folder/"run.json").exists():
-        kept = out.with_name(f"failed-{os.getpid()}.ipynb")
-        os.replace(out, kept)
-        print(f"protoquant: the notebook ended without a complete record; see {_near(kept)}", file=sys.stderr)
+    folder = _settle(where, out)
+    if folder is None:
+        print(f"protoquant: the notebook ended without a complete record; see {_near(_aside(out))}", file=sys.stderr)
         return 1
-    if where["done"] and (folder/"executed.ipynb").exists(): out.unlink()
-    else: os.replace(out, folder/"executed.ipynb")
     _report(folder, where, seconds)
     return 0
 
 # %% ../nbs/15_cli.ipynb #15-cli-026
+def find_run(
+    experiment: str,
+    params: dict,           # all of them, by name
+    output_dir="results",
+    artefacts=(),           # files that must be there
+    **same,                 # fields of the record that must be equal, e.g. weights, data
+) -> Path:                  # folder of the newest such run; None where there is none
+    "A complete run with these parameters."
+    from protoquant.core import DataError, read_json
+    from protoquant.results import PLACES, public_parameters, results_dir
+    known = lambda p: {k: v for k, v in p.items() if k not in PLACES or k == "weights"}
+    what, found = known(public_parameters(params)), []
+    for p in (results_dir(output_dir)/experiment).glob("*/run.json"):
+        with contextlib.suppress(DataError, OSError, ValueError, AttributeError, KeyError):
+            r = read_json(p)
+            fits = known(r["parameters"]) == what and all(r.get(k) == v for k, v in same.items())
+            if fits and all((p.parent/a).exists() for a in artefacts): found.append((r["date"], p.parent))
+    return max(found)[1] if found else None
+
+# %% ../nbs/15_cli.ipynb #15-cli-027
+def require(
+    experiment: str,        # e.g. 'cub'
+    params: dict,           # name -> value; the others have the notebook's defaults
+    output_dir="results",
+    artefacts=("model.safetensors", "model_topk.safetensors"),
+    quiet: bool = True,     # no progress of the run
+    **same,                 # as for `find_run`
+) -> Path:                  # its folder
+    "Folder of a complete run with these parameters; runs it first where there is none. Raises `ConfigError` where that fails."
+    from protoquant.core import ConfigError
+    from protoquant.results import check_parameters
+    notebook = find_experiment(experiment)
+    defaults = {k: d for k, (d, _) in parameters(notebook).items()}
+    check_parameters(params, defaults)
+    every = {**defaults, **params}
+    if folder := find_run(experiment, every, output_dir, artefacts, **same): return folder
+    out = _workplace(notebook, output_dir)
+    try: folder = _settle(execute(notebook, {**params, "output_dir": str(output_dir)}, out, quiet=quiet), out)
+    except _papermill().PapermillExecutionError as e:
+        raise ConfigError(f"the run of {experiment} that this needs failed: {e.ename}: {e.evalue}; the notebook up to there: {_aside(out)}") from e
+    if folder is None: raise ConfigError(f"the run of {experiment} that this needs ended without a complete record; see {_aside(out)}")
+    return folder
+
+# %% ../nbs/15_cli.ipynb #15-cli-030
 MAIN = ["top1_linear_probe", "top1_blackbox", "top1_quantised_head", "top1", "top1_last", "top1_topk", "codes_used", "grounding_cosine"]
 
 def results(args) -> int:
@@ -206,7 +262,7 @@ def results(args) -> int:
           "markdown": lambda: s.to_markdown(index=False, disable_numparse=True)}[args.format]())
     return 0
 
-# %% ../nbs/15_cli.ipynb #15-cli-027
+# %% ../nbs/15_cli.ipynb #15-cli-031
 def datasets(args) -> int:
     "`protoquant datasets`; returns the exit status."
     from protoquant import datasets as d
@@ -215,7 +271,7 @@ def datasets(args) -> int:
         _say(f"{name:<14}{about}")
     return 0
 
-# %% ../nbs/15_cli.ipynb #15-cli-029
+# %% ../nbs/15_cli.ipynb #15-cli-033
 EXAMPLES = """examples:
   protoquant run cub                                     the defaults of nbs/run_cub.ipynb (a smoke run on ToyBirds)
   protoquant run cub -p dataset cub -p codebook_size 2000
@@ -239,7 +295,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_parser("datasets", help="list the data sets").set_defaults(do=datasets)
     return p
 
-# %% ../nbs/15_cli.ipynb #15-cli-030
+# %% ../nbs/15_cli.ipynb #15-cli-034
 def _run_parser(sub, raw):
     about = "Run nbs/run_EXPERIMENT.ipynb. A run that is already complete (same parameters, data and weights) is shown, not repeated."
     r = sub.add_parser("run", help="run an experiment", description=about, epilog=EXAMPLES, formatter_class=raw)
@@ -262,7 +318,7 @@ def _results_parser(sub, raw):
     s.add_argument("--folder", default="results", metavar="DIR", help="folder of the records (default: results, in the clone)")
     s.set_defaults(do=results)
 
-# %% ../nbs/15_cli.ipynb #15-cli-032
+# %% ../nbs/15_cli.ipynb #15-cli-036
 def main(
     argv: list = None,  # words of the command line; those of this process by default
 ) -> int:               # exit status
