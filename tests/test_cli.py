@@ -156,3 +156,32 @@ def test_datasets(capsys):
     d = pytest.importorskip("protoquant.datasets")
     assert cli.main(["datasets"]) == 0
     assert "toybirds" in capsys.readouterr().out
+
+
+def test_a_needed_run_is_found_or_run(clone, monkeypatch):
+    folder = cli.require("tiny", dict(codebook_size=30), artefacts=())
+    made = (folder/"run.json").stat().st_mtime_ns
+    monkeypatch.setattr(cli, "execute", lambda *a, **kw: pytest.fail("a complete run was run again"))
+    assert cli.require("tiny", dict(codebook_size=30), artefacts=()) == folder and (folder/"run.json").stat().st_mtime_ns == made
+    every = dict(dataset="toybirds", codebook_size=30, seed=40, output_dir="results")
+    assert cli.find_run("tiny", every, weights="w") == folder
+    assert cli.find_run("tiny", every, weights="another hash") is None           # same parameters, other weights
+    assert cli.find_run("tiny", {**every, "seed": 41}) is None
+    assert cli.find_run("tiny", every, artefacts=["model.safetensors"]) is None  # a record alone is not a model
+    (folder/"run.json").write_text("{ damaged")
+    assert cli.find_run("tiny", every) is None
+
+
+def test_force_of_the_outer_run_does_not_reach_the_inner_one(clone, monkeypatch):
+    folder = cli.require("tiny", dict(codebook_size=31), artefacts=())
+    date = json.loads((folder/"run.json").read_text())["date"]
+    monkeypatch.setenv("PROTOQUANT_FORCE", "1")
+    notebook = clone/"nbs"/"run_tiny.ipynb"
+    assert cli.execute(notebook, dict(codebook_size=31), clone/"x.ipynb", quiet=True)["done"]
+    assert json.loads((folder/"run.json").read_text())["date"] == date and os.environ["PROTOQUANT_FORCE"] == "1"
+
+
+@pytest.mark.parametrize("params,says", [(dict(codebook_size=0), "codebook_size must be at least 1"), (dict(codebok_size=3), "Did you mean codebook_size")])
+def test_a_needed_run_that_fails_says_why(clone, params, says):
+    with pytest.raises(ConfigError, match=says): cli.require("tiny", params, artefacts=())
+    assert not runs(clone)
