@@ -61,24 +61,25 @@ def top_set(
     score: Tensor,    # (B, M)
     n: int = 5,
 ) -> Tensor:          # (B, M) bool
-    "The n largest of each row; ties to the lower number."
+    "The n largest of each row; ties to the lower number; what is minus infinity never belongs."
     if not 1 <= n <= score.shape[1]: raise ConfigError(f"n={n}: there are {score.shape[1]} prototypes.")
     top = torch.argsort(score, dim=1, descending=True, stable=True)[:, :n]
-    return torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True)
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True) & (score > -float("inf"))
 
 def kept_share(
     before: Tensor, after: Tensor,   # (B, M) scores of the same prototypes
     n: int = 5,
 ) -> Tensor:                         # (B,) in 0..1
-    "Share of the n most active prototypes that are still among the n."
+    "Share of the n most active prototypes that are still among the n. Prototypes at minus infinity are not ranked."
     if before.shape != after.shape: raise ConfigError(f"scores before and after must have the same shape; they have {tuple(before.shape)} and {tuple(after.shape)}.")
-    return (top_set(before, n) & top_set(after, n)).sum(1) / n
+    was = top_set(before, n)
+    return (was & top_set(after, n)).sum(1) / was.sum(1).clamp_min(1)
 
 # %% ../nbs/13e_stability.ipynb #13e-stab-014
 def _scores(act, weights, by, predicted):
     "What ranks prototypes: presence of those with a positive weight, or contribution to a class."
-    if by == "contribution": return act.presence * weights[predicted]
-    return act.presence.masked_fill(~(weights > 0).any(0), -float("inf"))
+    counts = weights[predicted] > 0 if by == "contribution" else (weights > 0).any(0).expand_as(act.presence)
+    return (act.presence * weights[predicted] if by == "contribution" else act.presence).masked_fill(~counts, -float("inf"))
 
 @torch.no_grad()
 def stability(
