@@ -31,8 +31,8 @@ lab: setup        ## JupyterLab on the notebooks
 readme: setup     ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
-refresh: setup   ## outputs of run_cub.ipynb and the README's picture, by running the demo
-	@$(BIN)/python tools/refresh.py
+refresh: setup   ## outputs of run_*.ipynb and the README's pictures, by running them on ToyBirds (ONLY=cub,purity for some)
+	@$(BIN)/python tools/refresh.py $(ONLY)
 
 clean-notebooks: setup ## remove what changes with every run from the notebooks
 	@$(BIN)/nbdev_clean

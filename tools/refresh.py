@@ -1,4 +1,4 @@
-"""The committed outputs of nbs/run_cub.ipynb and the README's picture, made by one real run of the demo (make refresh)."""
+"""The committed outputs of nbs/run_*.ipynb and the README's pictures, made by real runs on ToyBirds (make refresh [ONLY=cub,purity])."""
 import json
 import os
 import shutil
@@ -9,7 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-FIGURES = {"explanation.png": "toybirds_explanation.png", "prototypes_0.png": "toybirds_prototypes.png"}
+FIGURES = dict(cub={"explanation.png": "toybirds_explanation.png", "prototypes_0.png": "toybirds_prototypes.png"})   # of each experiment: figure -> name in paper_figures
+RECORDS = dict(cub="toybirds_run.json")                     # records that the README's pictures come from
 
 
 def keep_outputs(source, executed):
@@ -24,21 +25,32 @@ def keep_outputs(source, executed):
     source.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
 
-def main():
-    "Run the demo in a temporary folder, take over its outputs and pictures."
+def refresh(name, results, nbs):
+    "Run one experiment on ToyBirds, take over its outputs, pictures and record; returns the exit status."
+    out = results/f"{name}.ipynb"
+    command = [str(BIN/"protoquant"), "run", name, "-p", "dataset", "toybirds", "-p", "output_dir", str(results), "--output", str(out)]
+    if status := subprocess.run(command, cwd=ROOT).returncode:
+        return status
+    keep_outputs(nbs/f"run_{name}.ipynb", out)
+    folder = max((p.parent for p in results.glob(f"{name}/*/run.json")), key=lambda p: p.stat().st_mtime)
+    (ROOT/"paper_figures").mkdir(exist_ok=True)
+    wanted = {folder/"figures"/f: to for f, to in FIGURES.get(name, {}).items()} | ({folder/"run.json": RECORDS[name]} if name in RECORDS else {})
+    for path, to in wanted.items():
+        shutil.copy(path, ROOT/"paper_figures"/to)
+    return subprocess.run([str(BIN/"nbdev_clean"), "--fname", f"nbs/run_{name}.ipynb"], cwd=ROOT, env=dict(os.environ)).returncode
+
+
+def main(argv):
+    "Refresh the experiments named, or all; they share a temporary results folder, so that a model is trained once."
+    nbs = ROOT/"nbs"
+    every = sorted((p.stem[4:] for p in nbs.glob("run_*.ipynb")), key=lambda n: (n != "cub", n))
+    names = [n for a in argv for n in a.split(",") if n] or every
+    if unknown := set(names) - set(every):
+        print(f"refresh: there is no experiment {', '.join(sorted(unknown))}; there are {', '.join(every)}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as tmp:
-        out = Path(tmp)/"executed.ipynb"
-        command = [str(BIN/"protoquant"), "run", "cub", "-p", "dataset", "toybirds", "-p", "output_dir", tmp, "--output", str(out)]
-        if status := subprocess.run(command, cwd=ROOT).returncode:
-            return status
-        keep_outputs(ROOT/"nbs"/"run_cub.ipynb", out)
-        folder, = (p.parent for p in Path(tmp).glob("cub/*/run.json"))
-        (ROOT/"paper_figures").mkdir(exist_ok=True)
-        for name, to in FIGURES.items():
-            shutil.copy(folder/"figures"/name, ROOT/"paper_figures"/to)
-        shutil.copy(folder/"run.json", ROOT/"paper_figures"/"toybirds_run.json")
-    return subprocess.run([str(BIN/"nbdev_clean"), "--fname", "nbs/run_cub.ipynb"], cwd=ROOT, env=dict(os.environ)).returncode
+        return max(refresh(n, Path(tmp), nbs) for n in names)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
