@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TOYBIRDS_VERSION', 'IMAGE_SUFFIXES', 'ARCHIVES', 'EMBEDDED', 'REGISTRY', 'Part', 'Sample', 'decode', 'ImageSet',
            'DataSet', 'ToyBirdSet', 'toybirds_set', 'read_cub', 'read_imagefolder', 'part_centres', 'FunnyBirdSet',
-           'read_funnybirds', 'Resume', 'unpack', 'Archive', 'fetch', 'Entry', 'load', 'Transform', 'eval_transform',
-           'augment_transform', 'validation_split']
+           'read_funnybirds', 'intervention_names', 'Resume', 'unpack', 'Archive', 'fetch', 'Entry', 'load',
+           'Transform', 'eval_transform', 'augment_transform', 'validation_split']
 
 # %% ../nbs/02_datasets.ipynb #02-datas-002
-import copy, inspect, os, shutil, tarfile, tempfile, time, warnings
+import copy, inspect, itertools, os, shutil, tarfile, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,6 +234,8 @@ class ToyBirdSet(ImageSet):
     def part_map(self, i: int) -> Image.Image:
         "The part map in FunnyBirds' colours."
         return toybirds.part_map(self.scene(i), self.size)
+    @property
+    def class_parts(self) -> list: return toybirds.class_table(len(self.class_names))
     def _notes(self, i):
         seen = self.__dict__.setdefault("_seen", {})     # shared with subsets
         if self.ids[i] not in seen: seen[self.ids[i]] = toybirds.annotate(self.scene(i), self.size)
@@ -402,11 +404,12 @@ def part_centres(
     out = []
     for name in toybirds.PARTS:
         y, x = max((np.nonzero(a == r*65536 + g*256 + b) for r, g, b in toybirds.PART_COLOURS[name]), key=lambda p: len(p[0]))
-        out.append(Part(name, float(x.mean()), float(y.mean()), True) if len(x) >= toybirds.MIN_PIXELS else Part(name, 0., 0., False))
+        out.append(Part(name, round(float(x.mean()), 1), round(float(y.mean()), 1), True) if len(x) >= toybirds.MIN_PIXELS else Part(name, 0., 0., False))
     return out
 
 class FunnyBirdSet(ImageSet):
-    "Images of FunnyBirds, with their scene descriptions and, where they exist, part maps."
+    "Images of FunnyBirds, with their scene descriptions and, where they exist, part maps and interventions."
+    class_parts = None   # dicts part -> variant, one a class, from classes.json
     def scene(self, i: int) -> dict:
         "The entry of dataset_<split>.json."
         return self.samples[i].scene
@@ -432,14 +435,80 @@ def read_funnybirds(
         try: entries[split] = [(f"{e['class_idx']}/{e.get('index', n):06d}.png", int(e["class_idx"]), e) for n, e in enumerate(read_json(f))]
         except (KeyError, TypeError, ValueError, AttributeError) as e: raise DataError(f"{f}: an entry has no usable class_idx or index ({e!r}).") from e
     ids = sorted({c for s in entries.values() for _, c, _ in s})
-    known = {c["class_idx"] for c in read_json(folder/"classes.json")} if (folder/"classes.json").exists() else set(ids)
-    if odd := sorted(set(ids) - known): raise DataError(f"{folder}: class {odd[0]} of dataset_*.json is not in classes.json.")
+    known = {c["class_idx"]: c.get("parts") for c in read_json(folder/"classes.json")} if (folder/"classes.json").exists() else dict.fromkeys(ids)
+    if odd := sorted(set(ids) - set(known)): raise DataError(f"{folder}: class {odd[0]} of dataset_*.json is not in classes.json.")
     label = {c: k for k, c in enumerate(ids)}
     samples = {}
     for split, s in entries.items():
         stats = _stats(folder/split, [name for name, _, _ in s], f"dataset_{split}.json")
         samples[split] = [Sample(name, label[c], folder/split/name, size, mtime, scene=e) for (name, c, e), (size, mtime) in zip(s, stats)]
-    return _both("funnybirds", FunnyBirdSet, samples, crop, "squash", [str(c) for c in ids], ids, folder)
+    ds = _both("funnybirds", FunnyBirdSet, samples, crop, "squash", [str(c) for c in ids], ids, folder)
+    ds.train.class_parts = ds.test.class_parts = [known[c] for c in ids]
+    return ds
+
+# %% ../nbs/02_datasets.ipynb #02-datas-fb1
+def intervention_names(
+    n_objects: int,   # background objects of the image
+) -> list:            # 32 + n_objects names, as in the folder of an image
+    "Files that a complete set of interventions has (PROTOCOLS F.1)."
+    return [*(f"body_{'_'.join(kept)}.png" for n in range(len(toybirds.PARTS) + 1) for kept in itertools.combinations(sorted(toybirds.PARTS), n)),
+            *(f"background_interventions/{k}.png" for k in range(n_objects))]
+
+def _kept_name(parts):
+    "The file of an image with only these parts."
+    for p in parts:
+        if p not in toybirds.PARTS: raise ConfigError(f"there is no part {p!r}; the parts are {', '.join(toybirds.PARTS)}.{nearest_names(str(p), toybirds.PARTS)}")
+    return f"body_{'_'.join(sorted(set(parts)))}.png"
+
+def _check_object(s, i, k):
+    if not 0 <= k < s.n_objects(i): raise ConfigError(f"{s.name}/{s.split}/{s.ids[i]} has {s.n_objects(i)} background objects; there is no object {k}.")
+
+# %% ../nbs/02_datasets.ipynb #02-datas-fb2
+@patch
+def n_objects(self: ToyBirdSet, i: int) -> int: return len(self.scene(i).objects)
+
+@patch
+def missing_interventions(self: ToyBirdSet, i: int) -> list: return []   # all are drawn
+
+@patch
+def kept(self: ToyBirdSet, i: int, parts) -> Image.Image:
+    "Image i with only these parts. Raises `ConfigError` for an unknown part."
+    _kept_name(parts)
+    return toybirds.render(self.scene(i), self.size, parts=tuple(parts))
+
+@patch
+def without_object(self: ToyBirdSet, i: int, k: int) -> Image.Image:
+    "Image i without background object k. Raises `ConfigError` where there is none."
+    _check_object(self, i, k)
+    return toybirds.render(self.scene(i), self.size, objects=[j for j in range(self.n_objects(i)) if j != k])
+
+# %% ../nbs/02_datasets.ipynb #02-datas-fb4
+@patch
+def n_objects(self: FunnyBirdSet, i: int) -> int:
+    "Background objects of image i, hidden ones included."
+    return len([o for o in str(self.scene(i).get("bg_objects", "")).split(",") if o])
+
+@patch
+def _interventions(self: FunnyBirdSet, i):
+    f = Path(self.samples[i].source)
+    return f.parents[2]/f"{self.split}_interventions"/f.parent.name/f.stem
+
+@patch
+def missing_interventions(self: FunnyBirdSet, i: int):
+    "Files that are missing; None where image i has no interventions at all."
+    d = self._interventions(i)
+    return [n for n in intervention_names(self.n_objects(i)) if not (d/n).exists()] if d.is_dir() else None
+
+@patch
+def kept(self: FunnyBirdSet, i: int, parts) -> Image.Image:
+    "Image i with only these parts. Raises `ConfigError` for an unknown part, `DataError` where the file is missing or damaged."
+    return decode(self._interventions(i)/_kept_name(parts), f"{self.name}/{self.split}/{self.ids[i]}, {_kept_name(parts)}")
+
+@patch
+def without_object(self: FunnyBirdSet, i: int, k: int) -> Image.Image:
+    "Image i without background object k. Raises as `kept` does."
+    _check_object(self, i, k)
+    return decode(self._interventions(i)/f"background_interventions/{k}.png", f"{self.name}/{self.split}/{self.ids[i]} without object {k}")
 
 # %% ../nbs/02_datasets.ipynb #02-datas-060
 class Resume:

@@ -9,7 +9,7 @@ __all__ = ['VARIANTS', 'PARTS', 'INK', 'BODY', 'BELLY', 'CROWN', 'BODIES', 'SHAP
            'beaks', 'eyes', 'feet', 'feather_tails', 'tails', 'feather_wings', 'wings', 'Dice', 'Scene', 'thing_shapes',
            'scene', 'place', 'bent', 'bird_shapes', 'paint_background', 'layers', 'render', 'object_colour',
            'quarter_map', 'id_map', 'part_map', 'annotate', 'scenes', 'class_names', 'benchmark', 'write_cub',
-           'kept_parts', 'funnybirds_record', 'interventions', 'write_funnybirds']
+           'kept_parts', 'funnybirds_record', 'interventions', 'opaque', 'write_funnybirds']
 
 # %% ../nbs/01_toybirds.ipynb #01-toybi-002
 import colorsys, contextlib, dataclasses, functools, hashlib, itertools, json, math, os, random, shutil, tempfile
@@ -595,7 +595,7 @@ def annotate(
     ys, xs = np.nonzero((m > 0) & (m < OBJECT0))
     found = {}
     for name in PARTS:
-        v, u = np.nonzero(np.isin(m, PART_IDS[name]))
+        v, u = max((np.nonzero(m == i) for i in PART_IDS[name]), key=lambda p: len(p[0]))   # of twins the larger one
         found[name] = (round(float(u.mean()), 1), round(float(v.mean()), 1), 1) if len(u) >= MIN_PIXELS else (0., 0., 0)
     box = (float(xs.min()), float(ys.min()), float(xs.max() - xs.min() + 1), float(ys.max() - ys.min() + 1))
     return dict(bbox=box, parts=found)
@@ -701,14 +701,14 @@ def kept_parts(
 
 def funnybirds_record(
     s: Scene,
-    number: int,   # of the image in its split: its file name
     parts=None,    # parts that are there; None: all
 ) -> dict:
     "One entry of dataset_train.json or dataset_test.json."
     there = lambda p: parts is None or p in parts
     model = {f"{p}_model": f"{p}_{VARIANTS[p][v]}" if there(p) else "placeholder" for p, v in s.variants.items()}
     listed = lambda k: "".join(f"{o[k]}," for o in s.objects)
-    return dict(class_idx=s.label, **model, bg_objects=listed("kind"), bg_color=listed("colour"), bg_scale_x=listed("size"), index=number, scene=s.to_dict())
+    kinds = "".join(f"{list(THINGS).index(o['kind'])}," for o in s.objects)
+    return dict(class_idx=s.label, **model, bg_objects=kinds, bg_color=listed("colour"), bg_scale_x=listed("size"), toy_scene=json.dumps(s.to_dict()))
 
 # %% ../nbs/01_toybirds.ipynb #01-toybi-088
 def interventions(
@@ -719,6 +719,12 @@ def interventions(
         for kept in itertools.combinations(sorted(PARTS), k): yield f"body_{'_'.join(kept)}.png", dict(parts=kept)
     n = len(s.objects)
     for i in range(n): yield f"background_interventions/{i}.png", dict(objects=[j for j in range(n) if j != i])
+
+def opaque(
+    im: Image.Image,   # RGB
+) -> Image.Image:      # RGBA
+    "With a fourth channel, as FunnyBirds' images have it."
+    return im.convert("RGBA")
 
 def write_funnybirds(
     folder,                        # must be missing or empty
@@ -735,13 +741,13 @@ def write_funnybirds(
     keep = [kept_parts(s) for s in train]
     at = lambda s, k: f"{s.label}/{k:06d}"
     with _new_folder(folder, len(train) + len(test) + 35*len(touched), "ToyBirds in FunnyBirds' layout") as tmp:
-        for k, (s, parts) in enumerate(zip(progress(train, "ToyBirds (train)", unit="image", quiet=quiet), keep)): _save(render(s, parts=parts), tmp/"train"/f"{at(s, k)}.png")
+        for k, (s, parts) in enumerate(zip(progress(train, "ToyBirds (train)", unit="image", quiet=quiet), keep)): _save(opaque(render(s, parts=parts)), tmp/"train"/f"{at(s, k)}.png")
         for k, s in enumerate(progress(test, "ToyBirds (test)", unit="image", quiet=quiet)):
-            _save(render(s), tmp/"test"/f"{at(s, k)}.png"); _save(part_map(s), tmp/"test_part_map"/f"{at(s, k)}.png")
+            _save(opaque(render(s)), tmp/"test"/f"{at(s, k)}.png"); _save(opaque(part_map(s)), tmp/"test_part_map"/f"{at(s, k)}.png")
         for k in progress(touched, "ToyBirds (interventions)", unit="image", quiet=quiet):
-            for name, kw in interventions(test[k]): _save(render(test[k], **kw), tmp/"test_interventions"/at(test[k], k)/name)
+            for name, kw in interventions(test[k]): _save(opaque(render(test[k], **kw)), tmp/"test_interventions"/at(test[k], k)/name)
         write_json(tmp/"classes.json", [dict(class_idx=c, parts=v) for c, v in enumerate(class_table(classes))])
         write_json(tmp/"parts.json", {p: [dict(model=f"{p}_{v}") for v in names] for p, names in VARIANTS.items()})
-        write_json(tmp/"dataset_train.json", [funnybirds_record(s, k, parts) for k, (s, parts) in enumerate(zip(train, keep))])
-        write_json(tmp/"dataset_test.json", [funnybirds_record(s, k) for k, s in enumerate(test)])
+        write_json(tmp/"dataset_train.json", [funnybirds_record(s, parts) for s, parts in zip(train, keep)])
+        write_json(tmp/"dataset_test.json", [funnybirds_record(s) for s in test])
     return folder
