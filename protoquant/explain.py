@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['GEOMETRIES', 'patch_box', 'to_full_image', 'Evidence', 'evidence', 'TrainingPatch', 'check_index', 'check_code',
-           'patches_of', 'Explanation', 'class_number', 'top_codes', 'explain_tokens', 'as_image', 'explain_image',
-           'ClassExplanation', 'explain_class']
+           'patches_of', 'Record', 'Explanation', 'class_number', 'top_codes', 'with_codes', 'explain_tokens',
+           'as_image', 'explain_image', 'ClassExplanation', 'users', 'explain_class', 'CodeExplanation',
+           'index_of_class', 'Sharing', 'sharing', 'overlap', 'Shortfall', 'Difference', 'both_sides', 'difference',
+           'shortfall']
 
 # %% ../nbs/11_explain.ipynb #11-expla-002
 import dataclasses, json
@@ -171,8 +173,39 @@ def patches_of(
     return out
 
 # %% ../nbs/11_explain.ipynb #11-expla-029
+def _plain(v):
+    "Lists, dicts and numbers only."
+    if isinstance(v, TrainingPatch): return {k: _plain(x) for k, x in v._asdict().items()}
+    if isinstance(v, (np.ndarray, np.generic)): return v.tolist()
+    if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
+    return v.to_dict() if isinstance(v, Record) else v
+
+class Record:
+    "What all explanations can do: a dict, JSON, and back."
+    def to_dict(self) -> dict:
+        "Everything, as JSON can hold it."
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+    def to_json(self) -> str: return json.dumps(self.to_dict())
+    @classmethod
+    def from_json(cls, text: str): return cls.from_dict(json.loads(text))
+
+# %% ../nbs/11_explain.ipynb #11-expla-030
+def _patch_from(d): return TrainingPatch(**{**d, **{k: tuple(d[k]) for k in ("box", "box_full", "extent")}})
+
+def _patches_from(rows): return None if rows is None else [[_patch_from(p) for p in ps] for ps in rows]
+
+def _arrays(d, ints=(), floats=()):
+    "The dict with its lists as arrays; what is None stays None."
+    return {**d, **{k: None if d[k] is None else np.asarray(d[k], dtype=t) for t, ks in ((np.int64, ints), (float, floats)) for k in ks}}
+
+def _patch_rows(patches, **columns):
+    "Rows of a table of training patches; columns: values for each list of patches."
+    return pd.DataFrame([dict(**{k: v[i] for k, v in columns.items()}, rank=j + 1, id=p.id, class_name=p.class_name, similarity=p.similarity,
+                              **dict(zip(("x0", "y0", "x1", "y1"), p.box_full))) for i, ps in enumerate(patches) for j, p in enumerate(ps)])
+
+# %% ../nbs/11_explain.ipynb #11-expla-032
 @dataclass(repr=False)
-class Explanation:
+class Explanation(Record):
     "Why one image got the logit it got for one class. `contribution.sum() + rest == logit`."
     image: str                # id of the image
     label: int                # true class, None where unknown
@@ -205,7 +238,7 @@ class Explanation:
     @property
     def label_name(self): return None if self.label is None else self.class_names[self.label]
 
-# %% ../nbs/11_explain.ipynb #11-expla-031
+# %% ../nbs/11_explain.ipynb #11-expla-034
 @patch
 def to_frame(self: Explanation) -> pd.DataFrame:
     "One row a code, with the box in the full image."
@@ -214,39 +247,37 @@ def to_frame(self: Explanation) -> pd.DataFrame:
                              share=self.contribution / self.logit if self.logit else 0., row=row, column=col,
                              **{k: self.box_full[:, j] for j, k in enumerate(("x0", "y0", "x1", "y1"))}))
 
-def _plain(v):
-    "Lists, dicts and numbers only."
-    if isinstance(v, TrainingPatch): return {k: _plain(x) for k, x in v._asdict().items()}
-    if isinstance(v, (np.ndarray, np.generic)): return v.tolist()
-    if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
-    return v
+@patch
+def patch_frame(self: Explanation) -> pd.DataFrame:
+    "One row a code and training patch; raises `DataError` where the explanation was made without them."
+    if self.patches is None: raise DataError("this explanation has no training patches; pass train=, the training images, when it is made.")
+    return _patch_rows(self.patches, code=self.codes)
 
+@patch
+def map_frame(self: Explanation) -> pd.DataFrame:
+    "One row a code and grid position: concept probability, and the position's box in the full image."
+    (n, H, W), (x0, y0, x1, y1) = self.map.shape, self.extent
+    i, row, col = (v.ravel() for v in np.indices((n, H, W)))
+    x, y = np.linspace(x0, x1, W + 1), np.linspace(y0, y1, H + 1)
+    return pd.DataFrame(dict(code=self.codes[i], row=row, column=col, p=self.map.ravel(), x0=x[col], y0=y[row], x1=x[col + 1], y1=y[row + 1]))
+
+# %% ../nbs/11_explain.ipynb #11-expla-035
 @patch
 def to_dict(self: Explanation) -> dict:
     "Everything, as JSON can hold it."
-    return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)} | dict(grid=list(self.grid))
-
-@patch
-def to_json(self: Explanation) -> str: return json.dumps(self.to_dict())
-
-# %% ../nbs/11_explain.ipynb #11-expla-032
-def _patch_from(d): return TrainingPatch(**{**d, **{k: tuple(d[k]) for k in ("box", "box_full", "extent")}})
+    return Record.to_dict(self) | dict(grid=list(self.grid))
 
 @patch(cls_method=True)
 def from_dict(cls: Explanation,
     d: dict,   # from `to_dict`
 ):
     "The explanation that `to_dict` came from."
-    d, n = dict(d), len(d["codes"])
-    for k in ("codes", "position"): d[k] = np.asarray(d[k], dtype=np.int64)
-    for k in ("probabilities", "presence", "weight", "contribution"): d[k] = np.asarray(d[k], dtype=float)
-    for k in ("box", "box_full"): d[k] = np.asarray(d[k], dtype=float).reshape(n, 4)
-    d["map"] = np.asarray(d["map"], dtype=float).reshape(n, *d.pop("grid"))
-    d["size"], d["extent"] = tuple(d["size"]), tuple(d["extent"])
-    if d["patches"] is not None: d["patches"] = [[_patch_from(p) for p in ps] for ps in d["patches"]]
-    return cls(**d)
+    n, grid = len(d["codes"]), d["grid"]
+    d = _arrays({k: v for k, v in d.items() if k != "grid"}, ("codes", "position"), ("probabilities", "presence", "weight", "contribution", "box", "box_full", "map"))
+    d |= dict(box=d["box"].reshape(n, 4), box_full=d["box_full"].reshape(n, 4), map=d["map"].reshape(n, *grid), size=tuple(d["size"]), extent=tuple(d["extent"]))
+    return cls(**d | dict(patches=_patches_from(d["patches"])))
 
-# %% ../nbs/11_explain.ipynb #11-expla-034
+# %% ../nbs/11_explain.ipynb #11-expla-037
 @patch
 def __repr__(self: Explanation):
     top = ", ".join(f"{c}: {v:.2f}" for c, v in zip(self.codes, self.contribution))
@@ -261,7 +292,7 @@ def _repr_markdown_(self: Explanation):
     return "\n".join([f"`{self.image}`: {said}. Evidence for **{self.class_name}**:", "", "| # | code | presence | weight | contribution | (row, column) |",
                       "|---|---|---|---|---|---|", *rows, f"| | {self.n_rest} others | | | {self.rest:.3f} | |", f"| | **logit** | | | **{self.logit:.3f}** | |"])
 
-# %% ../nbs/11_explain.ipynb #11-expla-036
+# %% ../nbs/11_explain.ipynb #11-expla-039
 def class_number(
     c,                  # number or name
     class_names: list,
@@ -283,7 +314,29 @@ def top_codes(
     order = contribution.argsort(descending=True, stable=True)[:n]
     return order[contribution[order] >= min_contribution]
 
-# %% ../nbs/11_explain.ipynb #11-expla-037
+# %% ../nbs/11_explain.ipynb #11-expla-040
+def _hidden(n, codes):
+    "Mask of the codes that are not shown."
+    out = torch.ones(n, dtype=torch.bool)
+    out[codes] = False
+    return out
+
+def with_codes(
+    e: Evidence, class_id: int,
+    codes: Tensor,                                              # code numbers to show
+    size, class_names: list, image: str = "image", label: int = None, to_full=None, geometry: str = "cell", patch: int = None,   # as for `explain_tokens`
+) -> Explanation:
+    "The evidence for a class, written down for some codes; all others go into `rest`."
+    h, w = size = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
+    add, hidden, to_full = e.contributions(class_id), _hidden(len(e.presence), codes), to_full or tuple
+    box = [patch_box(p, e.grid, size, patch, geometry) for p in e.position[codes].tolist()]
+    num, boxes = (lambda t: t.double().numpy()), (lambda b: np.asarray(b, dtype=float).reshape(-1, 4))
+    return Explanation(image, None if label is None else int(label), int(e.logits.argmax()), class_id, float(add.sum()), num(e.logits.double().softmax(0)),
+                       codes.numpy(), num(e.presence[codes]), num(e.weight[class_id, codes]), num(add[codes]), e.position[codes].numpy(), boxes(box),
+                       boxes([to_full(b) for b in box]), num(e.maps(codes)), float(add[hidden].sum()), int(hidden.sum()), size,
+                       tuple(float(v) for v in to_full((0, 0, w, h))), list(class_names))
+
+# %% ../nbs/11_explain.ipynb #11-expla-041
 def explain_tokens(
     z: Tensor,                      # (N, d) tokens of one image
     book: Codebook,
@@ -303,21 +356,11 @@ def explain_tokens(
 ) -> Explanation:
     "Explain one image given as tokens. Raises `ConfigError` and `DataError` as `evidence`, `class_number` and `top_codes` do."
     e = evidence(z, book, weight, temperature, grid)
-    names, predicted = list(class_names or map(str, range(len(weight)))), int(e.logits.argmax())
-    c = predicted if class_id is None else class_number(class_id, names)
-    add = e.contributions(c)
-    codes = top_codes(add, n, min_contribution)
-    h, w = size = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
-    to_full = to_full or tuple
-    box = [patch_box(p, e.grid, size, patch, geometry) for p in e.position[codes].tolist()]
-    num, boxes = (lambda t: t.double().numpy()), (lambda b: np.asarray(b, dtype=float).reshape(-1, 4))
-    hidden = torch.ones(len(add), dtype=torch.bool); hidden[codes] = False
-    return Explanation(image, None if label is None else int(label), predicted, c, float(add.sum()), num(e.logits.double().softmax(0)), codes.numpy(),
-                       num(e.presence[codes]), num(e.weight[c, codes]), num(add[codes]), e.position[codes].numpy(), boxes(box),
-                       boxes([to_full(b) for b in box]), num(e.maps(codes)), float(add[hidden].sum()), int(hidden.sum()), size,
-                       tuple(float(v) for v in to_full((0, 0, w, h))), names)
+    names = list(class_names or map(str, range(len(weight))))
+    c = int(e.logits.argmax()) if class_id is None else class_number(class_id, names)
+    return with_codes(e, c, top_codes(e.contributions(c), n, min_contribution), size, names, image, label, to_full, geometry, patch)
 
-# %% ../nbs/11_explain.ipynb #11-expla-041
+# %% ../nbs/11_explain.ipynb #11-expla-045
 def as_image(
     image,     # PIL image, or (ImageSet, i)
 ) -> tuple:    # RGB image as the model sees it, id, label or None, function: (box, transform) -> box in the full image
@@ -333,8 +376,19 @@ def as_image(
         return images.image(i), images.ids[i], int(images.labels[i]), lambda box, t: to_full_image(box, t, images, i)
     raise ConfigError(f"an image to explain is a PIL image or a pair (image set, number), not {type(image).__name__}.")
 
-# %% ../nbs/11_explain.ipynb #11-expla-042
+# %% ../nbs/11_explain.ipynb #11-expla-046
 @torch.no_grad()
+def _seen(
+    model, image,
+) -> tuple:   # Evidence, and what `with_codes` wants to know of the picture: id, label, box of the input -> box of the full image
+    "What the model sees in a picture."
+    if model.transform is None: raise ConfigError("this model has no transform, so it cannot read pictures; set model.transform = datasets.eval_transform(...).")
+    im, name, label, to_full = as_image(image)
+    t, weight = model.transform, model.weight.detach()
+    e = evidence(model.tokens(t(im)[None].to(weight.device))[0], model.book, weight, model.temperature, model.grid)
+    return e, (name, label, lambda box: to_full(box, t))
+
+# %% ../nbs/11_explain.ipynb #11-expla-047
 def explain_image(
     model,                          # ProtoQuant
     image,                          # PIL image, or (ImageSet, i)
@@ -347,17 +401,18 @@ def explain_image(
     patch: int = None,              # as for `patch_box`
 ) -> Explanation:
     "Why `model` says what it says about one image (Eq. 10; PROTOCOLS G). Raises `ConfigError` and `DataError` with what to do."
-    if model.transform is None: raise ConfigError("this model has no transform, so it cannot read pictures; set model.transform = datasets.eval_transform(...).")
-    im, name, label, to_full = as_image(image)
     if train is not None: check_index(model.index, train)
-    t, weight = model.transform, model.weight.detach()
-    z = model.tokens(t(im)[None].to(weight.device))[0]
-    ex = explain_tokens(z, model.book, weight, model.temperature, model.grid, t.size, class_id, n, min_contribution,
-                        model.class_names, name, label, lambda box: to_full(box, t), geometry, patch)
-    if train is not None: ex.patches = [patches_of(c, model.index, train, t, n_patches, geometry, patch) for c in ex.codes]
+    e, known = _seen(model, image)
+    c = int(e.logits.argmax()) if class_id is None else class_number(class_id, model.class_names)
+    ex = with_codes(e, c, top_codes(e.contributions(c), n, min_contribution), model.transform.size, model.class_names, *known, geometry, patch)
+    return _with_patches(ex, model, train, n_patches, geometry, patch)
+
+def _with_patches(ex, model, train, n, geometry, patch):
+    "The explanation with the nearest training patches of its codes, where there are training images."
+    if train is not None: ex.patches = [patches_of(c, model.index, train, model.transform, n, geometry, patch) for c in ex.codes]
     return ex
 
-# %% ../nbs/11_explain.ipynb #11-expla-044
+# %% ../nbs/11_explain.ipynb #11-expla-049
 @patch
 def explain(self: ProtoQuant,
     image,           # PIL image, or (ImageSet, i)
@@ -378,9 +433,9 @@ def patches_of(self: ProtoQuant,
     "The nearest training patches of a code."
     return patches_of(code, self.index, images, self.transform, n, **kw)
 
-# %% ../nbs/11_explain.ipynb #11-expla-052
+# %% ../nbs/11_explain.ipynb #11-expla-057
 @dataclass(repr=False)
-class ClassExplanation:
+class ClassExplanation(Record):
     "The codes of one class. With presence: `mean_contribution.sum() + rest == mean_logit`."
     class_id: int
     class_name: str
@@ -396,22 +451,13 @@ class ClassExplanation:
     rest: float = None                    # mean contribution of all codes not shown
     def __len__(self): return len(self.codes)
 
-@patch
-def to_dict(self: ClassExplanation) -> dict:
-    "Everything, as JSON can hold it."
-    return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-@patch
-def to_json(self: ClassExplanation) -> str: return json.dumps(self.to_dict())
-
 @patch(cls_method=True)
 def from_dict(cls: ClassExplanation, d: dict):
     "The explanation that `to_dict` came from."
-    arr = lambda k, t: None if d[k] is None else np.asarray(d[k], dtype=t)
-    return cls(**{**d, "codes": arr("codes", np.int64), **{k: arr(k, float) for k in ("weight", "mean_presence", "mean_contribution")},
-                  "shared": [[tuple(x) for x in s] for s in d["shared"]]})
+    d = _arrays(d, ("codes",), ("weight", "mean_presence", "mean_contribution"))
+    return cls(**d | dict(shared=[[tuple(x) for x in s] for s in d["shared"]]))
 
-# %% ../nbs/11_explain.ipynb #11-expla-053
+# %% ../nbs/11_explain.ipynb #11-expla-058
 @patch
 def to_frame(self: ClassExplanation) -> pd.DataFrame:
     "One row a code."
@@ -436,7 +482,18 @@ def _repr_markdown_(self: ClassExplanation):
     table = ["| " + " | ".join(map(str, r)) + " |" for r in (head, ["---"] * len(head), *rows)]
     return "\n".join([f"**{self.class_name}**: {self.n_codes} codes, by {self.by}", "", *table])
 
-# %% ../nbs/11_explain.ipynb #11-expla-054
+# %% ../nbs/11_explain.ipynb #11-expla-059
+def users(
+    weight: Tensor,            # (k, M)
+    code: int,
+    class_names: list,
+    min_weight: float = 1e-3,  # smaller weights count as none (PROTOCOLS D.3)
+) -> list:                     # [(class number, class name, weight), ...], largest weight first
+    "The classes that use a code."
+    w = weight[:, code].detach().cpu().double()
+    return [(c, class_names[c], float(w[c])) for c in w.argsort(descending=True, stable=True).tolist() if w[c] > min_weight]
+
+# %% ../nbs/11_explain.ipynb #11-expla-060
 def explain_class(
     weight: Tensor,            # (k, M)
     class_id,                  # number or name
@@ -457,15 +514,13 @@ def explain_class(
     key = weight[c] if by == "weight" else add
     codes = key.argsort(descending=True, stable=True)[:n]
     codes = codes[weight[c, codes] > min_weight]
-    shared = [[(int(o), names[o], float(weight[o, m])) for o in weight[:, m].argsort(descending=True, stable=True).tolist()
-               if o != c and weight[o, m] > min_weight] for m in codes.tolist()]
+    shared = [[u for u in users(weight, m, names, min_weight) if u[0] != c] for m in codes.tolist()]
     if presence is not None:
-        hidden = torch.ones(len(add), dtype=torch.bool); hidden[codes] = False
         extra |= dict(mean_presence=extra["mean_presence"][codes].numpy(), mean_contribution=add[codes].numpy(), mean_logit=float(add.sum()),
-                      rest=float(add[hidden].sum()))
+                      rest=float(add[_hidden(len(add), codes)].sum()))
     return ClassExplanation(c, names[c], codes.numpy(), weight[c, codes].numpy(), int((weight[c] > min_weight).sum()), shared, by, **extra)
 
-# %% ../nbs/11_explain.ipynb #11-expla-055
+# %% ../nbs/11_explain.ipynb #11-expla-061
 def _mean_contribution(weight, c, presence, labels, names):
     "Number of images and mean presence of class c, and W[c] times that."
     if presence is None: return {}, None
@@ -477,7 +532,7 @@ def _mean_contribution(weight, c, presence, labels, names):
     mean = presence.detach().cpu().double().mean(0)
     return dict(n_images=len(presence), mean_presence=mean), weight[c] * mean
 
-# %% ../nbs/11_explain.ipynb #11-expla-056
+# %% ../nbs/11_explain.ipynb #11-expla-062
 @patch
 def explain_class(self: ProtoQuant,
     class_id,                 # number or name
@@ -495,3 +550,273 @@ def explain_class(self: ProtoQuant,
         presence = presence_of(tokens, self.book, self.temperature, self.book.codes.device)
     if tokens is not None and labels is None: labels = tokens.labels
     return explain_class(self.weight, c, n, presence, labels, self.class_names, by, **kw)
+
+# %% ../nbs/11_explain.ipynb #11-expla-068
+@dataclass(repr=False)
+class CodeExplanation(Record):
+    "One code: the classes that use it, and its nearest training patches in each."
+    code: int
+    classes: list            # [(class number, class name, weight), ...], largest weight first
+    n_users: int             # how many classes use it, those left out included
+    patches: list = None     # for each class a list of `TrainingPatch`, nearest first; fewer where only the index was searched
+    def __len__(self): return len(self.classes)
+    def to_frame(self) -> pd.DataFrame:
+        "One row a class and patch; one a class where there are no patches."
+        c, names, w = zip(*self.classes) if self.classes else ((), (), ())
+        if self.patches is None: return pd.DataFrame(dict(code=self.code, class_id=c, class_name=names, weight=w))
+        return _patch_rows(self.patches, class_id=c, weight=w).assign(code=self.code)
+    @classmethod
+    def from_dict(cls, d: dict):
+        "The explanation that `to_dict` came from."
+        return cls(**d | dict(classes=[tuple(c) for c in d["classes"]], patches=_patches_from(d["patches"])))
+    def __repr__(self):
+        return f"CodeExplanation({self.code}: {self.n_users} classes, " + ", ".join(f"{n} {w:.2f}" for _, n, w in self.classes[:4]) + ")"
+
+# %% ../nbs/11_explain.ipynb #11-expla-069
+@torch.no_grad()
+def index_of_class(
+    book: Codebook,
+    code: int,
+    tokens,            # Tokens of the training images
+    class_id: int,
+    n: int = 4,        # patches
+) -> PatchIndex:       # of this one code, with rows of all training images
+    "The nearest patches of a code within one class, one an image."
+    rows = (tokens.labels == class_id).nonzero()[:, 0]
+    want, found = book.directions()[code], []
+    for _, z in tokens.subset(rows.numpy()).batches(): found.append((book.space(z.to(want.device)) @ want).cpu().max(1))
+    if not found: return PatchIndex(*(torch.zeros(1, 0, dtype=t) for t in (torch.long, torch.long, torch.float)), tokens.grid, tokens.ids)
+    sim, pos = (torch.cat([f[j] for f in found]) for j in (0, 1))
+    best = sim.argsort(descending=True, stable=True)[:n]
+    return PatchIndex(rows[best][None], pos[best][None], sim[best][None], tokens.grid, tokens.ids)
+
+# %% ../nbs/11_explain.ipynb #11-expla-070
+@patch
+def explain_code(self: ProtoQuant,
+    code: int,
+    images: ImageSet = None,   # training images; nearest patches come along
+    tokens=None,               # their Tokens: then the nearest patches within each class are searched, else the patch index is sorted by class
+    n: int = 4,                # patches a class
+    n_classes: int = 6,        # classes shown
+    min_weight: float = 1e-3,  # smaller weights count as none
+    **kw,                      # geometry, patch: see `patch_box`
+) -> CodeExplanation:
+    "The classes that use a code, and its nearest training patches in each. Raises `ConfigError` (no such code) and `DataError` (index of other images)."
+    code = check_code(code, len(self.book))
+    all_ = users(self.weight, code, self.class_names, min_weight)
+    some, t, patches = all_[:n_classes], self.transform, None
+    if images is not None and tokens is not None:
+        patches = [patches_of(0, index_of_class(self.book, code, tokens, c, n), images, t, **kw) for c, _, _ in some]
+    elif images is not None:
+        near = patches_of(code, self.index, images, t, **kw)
+        patches = [[p for p in near if p.label == c][:n] for c, _, _ in some]
+    return CodeExplanation(code, some, len(all_), patches)
+
+# %% ../nbs/11_explain.ipynb #11-expla-075
+@dataclass(repr=False)
+class Sharing(Record):
+    "Which classes use which codes."
+    codes: np.ndarray   # (n,)
+    classes: list       # for each code [(class number, class name, weight), ...], largest weight first
+    n_classes: int      # k
+    def __len__(self): return len(self.codes)
+    @property
+    def n_users(self): return np.array([len(c) for c in self.classes], dtype=np.int64)
+    def to_frame(self) -> pd.DataFrame:
+        "One row a code and class."
+        rows = [(int(m), c, name, w, len(cs)) for m, cs in zip(self.codes, self.classes) for c, name, w in cs]
+        return pd.DataFrame(rows, columns=["code", "class_id", "class_name", "weight", "n_users"])
+    @classmethod
+    def from_dict(cls, d: dict):
+        "The record that `to_dict` came from."
+        return cls(**_arrays(d, ("codes",)) | dict(classes=[[tuple(c) for c in cs] for cs in d["classes"]]))
+    def __repr__(self):
+        u = self.n_users
+        return f"Sharing({len(self)} codes of {self.n_classes} classes: {int((u > 1).sum())} shared, {int((u == 1).sum())} of one class, at most {u.max(initial=0)} users)"
+
+# %% ../nbs/11_explain.ipynb #11-expla-076
+def sharing(
+    weight: Tensor,            # (k, M)
+    codes=None,                # code numbers; where None all that a class uses, most users first
+    class_names: list = None,
+    min_weight: float = 1e-3,  # smaller weights count as none
+) -> Sharing:
+    "The classes that use each code. Raises `ConfigError` for a code that there is not."
+    weight = weight.detach().cpu()
+    names, n = list(class_names or map(str, range(len(weight)))), (weight > min_weight).sum(0)
+    order = n.argsort(descending=True, stable=True) if codes is None else [check_code(c, len(n)) for c in codes]
+    codes = [int(c) for c in order if codes is not None or n[c]]
+    return Sharing(np.asarray(codes, dtype=np.int64), [users(weight, c, names, min_weight) for c in codes], len(weight))
+
+def overlap(
+    weight: Tensor,            # (k, M)
+    class_names: list = None,
+    min_weight: float = 1e-3,
+) -> pd.DataFrame:             # (k, k); the diagonal has the codes of each class
+    "How many codes each two classes have in common."
+    used = (weight.detach().cpu() > min_weight).double()
+    names = list(class_names or map(str, range(len(weight))))
+    return pd.DataFrame((used @ used.T).long().numpy(), names, names)
+
+@patch
+def sharing(self: ProtoQuant,
+    codes=None,   # code numbers; where None all that a class uses
+    **kw,         # min_weight
+) -> Sharing:
+    "The classes that use each code."
+    return sharing(self.weight, codes, self.class_names, **kw)
+
+# %% ../nbs/11_explain.ipynb #11-expla-080
+@dataclass(repr=False)
+class Shortfall(Record):
+    "What images of a class usually have and this one has less of. `shortfall.sum() + rest == mean_logit - logit`."
+    image: str
+    class_id: int
+    class_name: str
+    codes: np.ndarray          # (n,) largest shortfall first
+    weight: np.ndarray         # (n,)
+    presence: np.ndarray       # (n,) in the image
+    mean_presence: np.ndarray  # (n,) in the training images of the class
+    shortfall: np.ndarray      # (n,) weight * (mean presence - presence)
+    logit: float               # of the class for the image
+    mean_logit: float          # of the class for its training images
+    rest: float                # of the codes not shown; those that the image has more of count negative
+    n_images: int
+    def __len__(self): return len(self.codes)
+    def to_frame(self) -> pd.DataFrame:
+        "One row a code."
+        return pd.DataFrame({k: getattr(self, k) for k in ("codes", "weight", "presence", "mean_presence", "shortfall")}).rename(columns=dict(codes="code"))
+    @classmethod
+    def from_dict(cls, d: dict): return cls(**_arrays(d, ("codes",), ("weight", "presence", "mean_presence", "shortfall")))
+    def __repr__(self):
+        return f"Shortfall({self.image} for {self.class_name}: {self.mean_logit:.2f} usually, {self.logit:.2f} here; codes " + ", ".join(f"{c}: {v:.2f}" for c, v in zip(self.codes, self.shortfall)) + ")"
+
+# %% ../nbs/11_explain.ipynb #11-expla-081
+@dataclass(repr=False)
+class Difference(Record):
+    "Two logits, code by code. `difference.sum() + rest == a.logit - b.logit`."
+    kind: str                    # 'classes': one image, two classes; 'images': two images, one class
+    a: Explanation               # both show the same codes, see `both_sides`
+    b: Explanation
+    rest_for: float              # sum of the positive differences of codes not shown
+    rest_against: float          # sum of the negative ones
+    missing: Shortfall = None    # what the images of class b usually have and this one has not
+    def __len__(self): return len(self.a)
+    @property
+    def codes(self): return self.a.codes
+    @property
+    def difference(self): return self.a.contribution - self.b.contribution
+    @property
+    def rest(self): return self.rest_for + self.rest_against
+    @property
+    def logit_difference(self): return self.a.logit - self.b.logit
+    @classmethod
+    def from_dict(cls, d: dict):
+        "The difference that `to_dict` came from."
+        return cls(**d | dict(a=Explanation.from_dict(d["a"]), b=Explanation.from_dict(d["b"]), missing=d["missing"] and Shortfall.from_dict(d["missing"])))
+
+# %% ../nbs/11_explain.ipynb #11-expla-082
+@patch
+def to_frame(self: Difference) -> pd.DataFrame:
+    "One row a code, both sides beside each other."
+    side = lambda e, s: e.to_frame()[["presence", "weight", "contribution", "row", "column"]].add_suffix(s)
+    return pd.concat([pd.DataFrame(dict(code=self.codes, difference=self.difference)), side(self.a, "_a"), side(self.b, "_b")], axis=1)
+
+@patch
+def sides(self: Difference) -> tuple:
+    "Names of the two sides: the classes, or the images."
+    return (self.a.class_name, self.b.class_name) if self.kind == "classes" else (self.a.image, self.b.image)
+
+@patch
+def __repr__(self: Difference):
+    a, b = self.sides()
+    top = ", ".join(f"{c}: {v:+.2f}" for c, v in zip(self.codes, self.difference))
+    return f"Difference({a} against {b}: {self.logit_difference:+.2f} = codes {{{top}}} + rest {self.rest:+.2f})"
+
+@patch
+def _repr_markdown_(self: Difference):
+    a, b = self.sides()
+    what = f"`{self.a.image}`: why **{a}** and not **{b}**?" if self.kind == "classes" else f"**{self.a.class_name}** in `{a}` and in `{b}`"
+    rows = [f"| {c} | {s:.3f} × {v:.2f} = {x:.3f} | {t:.3f} × {w:.2f} = {y:.3f} | {x - y:+.3f} |" for c, s, v, x, t, w, y in
+            zip(self.codes, self.a.presence, self.a.weight, self.a.contribution, self.b.presence, self.b.weight, self.b.contribution)]
+    return "\n".join([what, "", f"| code | {a} | {b} | difference |", "|---|---|---|---|", *rows,
+                      f"| {self.a.n_rest} others | {self.a.rest:.3f} | {self.b.rest:.3f} | {self.rest:+.3f} ({self.rest_for:+.2f}, {self.rest_against:+.2f}) |",
+                      f"| **logit** | **{self.a.logit:.3f}** | **{self.b.logit:.3f}** | **{self.logit_difference:+.3f}** |"])
+
+# %% ../nbs/11_explain.ipynb #11-expla-084
+def both_sides(
+    parts: Tensor,              # (M,) differences
+    n: int = 6,                 # codes at most
+    min_difference: float = 0., # and each at least this much
+) -> Tensor:                    # code numbers, largest difference of either sign first
+    "The codes with the largest differences, a third of them at least from either side, where it has so many."
+    a, b = (codes[v[codes] > 0] for v in (parts, -parts) for codes in (top_codes(v, n, min_difference),))
+    sure, others = torch.cat([a[:n // 3], b[:n // 3]]), torch.cat([a[n // 3:], b[n // 3:]])
+    by_size = lambda codes: codes[parts[codes].abs().argsort(descending=True, stable=True)]
+    return by_size(torch.cat([sure, by_size(others)[:n - len(sure)]]))
+
+# %% ../nbs/11_explain.ipynb #11-expla-086
+def difference(
+    kind: str,                    # 'classes' or 'images'
+    a: tuple, b: tuple,           # sides: (Evidence, what is known of the image, class number)
+    model,                        # ProtoQuant
+    n: int = 6,                   # codes shown at most
+    min_difference: float = .01,  # smaller ones go into the rest
+    train: ImageSet = None, n_patches: int = 5, geometry: str = "cell", patch: int = None,   # as for `explain_image`
+) -> Difference:
+    "The codes that made the difference between two logits. Raises what `check_index` and `top_codes` raise."
+    if train is not None: check_index(model.index, train)
+    parts = a[0].contributions(a[2]) - b[0].contributions(b[2])
+    codes = both_sides(parts, n, min_difference)
+    a, b = (with_codes(e, c, codes, model.transform.size, model.class_names, *known, geometry, patch) for e, known, c in (a, b))
+    other = parts[_hidden(len(parts), codes)]
+    return Difference(kind, _with_patches(a, model, train, n_patches, geometry, patch), b, float(other[other > 0].sum()), float(other[other < 0].sum()))
+
+# %% ../nbs/11_explain.ipynb #11-expla-087
+@patch
+def compare(self: ProtoQuant,
+    image_a, image_b,   # PIL images, or (ImageSet, i)
+    class_id=None,      # number or name of the class that is asked about; the one predicted for the first image where None
+    **kw,               # n, min_difference, train, n_patches, geometry, patch: see `difference`
+) -> Difference:
+    "Why a class gets more from one image than from another. Raises `ConfigError` and `DataError` as `explain` does."
+    a, b = _seen(self, image_a), _seen(self, image_b)
+    c = int(a[0].logits.argmax()) if class_id is None else class_number(class_id, self.class_names)
+    return difference("images", (*a, c), (*b, c), self, **kw)
+
+# %% ../nbs/11_explain.ipynb #11-expla-090
+def shortfall(
+    e: Evidence, image: str,
+    class_id: int,
+    presence: Tensor,          # (images, M) of training images
+    labels=None,               # their classes; where None all of them belong to the class
+    class_names: list = None,
+    n: int = 5, min_shortfall: float = .01,   # codes shown at most, and each at least this much
+) -> Shortfall:
+    "What is missing for a class. Raises what `explain_class` raises for presence that does not fit."
+    names, w = list(class_names or map(str, range(len(e.weight)))), e.weight.double()
+    known, usual = _mean_contribution(w, class_id, presence, labels, names)
+    parts = usual - e.contributions(class_id)
+    codes, num = top_codes(parts, n, min_shortfall), lambda t: t.double().numpy()
+    return Shortfall(image, class_id, names[class_id], codes.numpy(), num(w[class_id, codes]), num(e.presence[codes]), num(known["mean_presence"][codes]), num(parts[codes]),
+                     float(e.contributions(class_id).sum()), float(usual.sum()), float(parts[_hidden(len(parts), codes)].sum()), known["n_images"])
+
+# %% ../nbs/11_explain.ipynb #11-expla-091
+@patch
+def why_not(self: ProtoQuant,
+    image,                    # PIL image, or (ImageSet, i)
+    other_class,              # number or name
+    class_id=None,            # the class it is held against; the predicted one where None
+    presence: Tensor = None,  # (images, M) of training images, with `labels`: then what is missing for the other class is told too
+    labels=None,
+    **kw,                     # n, min_difference, train, n_patches, geometry, patch: see `difference`
+) -> Difference:
+    "The codes that decided between two classes. Raises `ConfigError` where there is nothing to decide, and what `explain` raises."
+    seen = _seen(self, image)
+    b = class_number(other_class, self.class_names)
+    a = int(seen[0].logits.argmax()) if class_id is None else class_number(class_id, self.class_names)
+    if a == b: raise ConfigError(f"the model says {self.class_names[b]} itself; ask about another class, or pass class_id= to hold it against one."
+                                 if class_id is None else f"both classes are {self.class_names[b]}.")
+    d = difference("classes", (*seen, a), (*seen, b), self, **kw)
+    if presence is not None: d.missing = shortfall(seen[0], d.a.image, b, presence, labels, self.class_names)
+    return d

@@ -221,3 +221,169 @@ def test_tokens_that_do_not_fit():
     with pytest.raises(ConfigError, match="do not fill a grid"): E.evidence(rand(4, 3), book, W, grid=(3, 3))
     with pytest.raises(ConfigError, match="for 3 codes"): E.evidence(rand(4, 3), book, torch.ones(2, 3))
     with pytest.raises(DataError, match="not finite"): E.evidence(torch.full((4, 3), torch.nan), book, W)
+
+
+# differences: sums exact, codes of both sides, round trips
+
+def slow_parts(ev_a, a, ev_b, b):
+    "Code by code, in Python floats."
+    return [float(ev_a.presence[m]) * float(ev_a.weight[a, m]) - float(ev_b.presence[m]) * float(ev_b.weight[b, m]) for m in range(len(ev_a.presence))]
+
+
+def check_difference(d, parts):
+    shown = dict(zip(d.codes.tolist(), d.difference))
+    for m, v in shown.items(): close(v, parts[m], eps=1e-12)
+    hidden = [v for m, v in enumerate(parts) if m not in shown]
+    close(d.rest_for, sum(v for v in hidden if v > 0), eps=1e-12); close(d.rest_against, sum(v for v in hidden if v < 0), eps=1e-12)
+    close(d.difference.sum() + d.rest, d.logit_difference, eps=1e-12); close(d.logit_difference, sum(parts), eps=1e-12)
+    for e in (d.a, d.b): close(e.contribution.sum() + e.rest, e.logit, eps=1e-12)
+    assert d.a.codes.tolist() == d.b.codes.tolist() and (np.diff(np.abs(d.difference)) <= 1e-12).all()
+    assert E.Difference.from_json(d.to_json()).to_dict() == d.to_dict()
+    f = d.to_frame()
+    close(f.difference, f.contribution_a - f.contribution_b); close(f.contribution_a, f.presence_a * f.weight_a); close(f.contribution_b, f.presence_b * f.weight_b)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 12])
+def test_why_not_against_loops(world, n):
+    model, data, _ = world
+    for i in range(len(data.test)):
+        e, _ = E._seen(model, (data.test, i))
+        for a, b in ((0, 1), (1, 2), (2, 0)):
+            d = model.why_not((data.test, i), b, a, n=n)
+            assert d.kind == "classes" and d.sides() == (data.class_names[a], data.class_names[b]) and len(d) <= n and d.missing is None
+            check_difference(d, slow_parts(e, a, e, b))
+            close(d.a.presence, d.b.presence); assert (d.a.position == d.b.position).all()
+
+
+def test_compare_against_loops(world):
+    model, data, _ = world
+    for i, j in ((0, 3), (5, 1), (2, 2)):
+        ea, eb = (E._seen(model, (data.test, k))[0] for k in (i, j))
+        for c in (None, 0, data.class_names[2]):
+            d = model.compare((data.test, i), (data.test, j), c)
+            number = {None: int(ea.logits.argmax()), 0: 0}.get(c, 2)
+            assert d.kind == "images" and d.sides() == (data.test.ids[i], data.test.ids[j]) and d.a.class_id == d.b.class_id == number
+            check_difference(d, slow_parts(ea, number, eb, number)); close(d.a.weight, d.b.weight)
+            if i == j: assert len(d) == 0 and d.logit_difference == d.rest == 0
+
+
+def test_differences_agree_with_the_model_and_swap_their_sign(world):
+    model, data, _ = world
+    logits = model(model.transform(data.test.image(3))[None])[0].detach()
+    d, back = (model.why_not((data.test, 3), b, a) for a, b in ((0, 2), (2, 0)))
+    close(d.logit_difference, float(logits[0] - logits[2]), eps=1e-4); close(d.logit_difference, -back.logit_difference, eps=1e-12)
+    assert set(d.codes) == set(back.codes)
+    said = f"{d.logit_difference:+.3f}"
+    assert said in d._repr_markdown_() and "not **" in d._repr_markdown_() and "in `" in model.compare((data.test, 0), (data.test, 1))._repr_markdown_()
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=15), st.integers(0, 15), st.floats(0, 1))
+@settings(max_examples=80, deadline=None)
+def test_both_sides_are_heard(values, n, least):
+    v = torch.tensor(values, dtype=torch.double)
+    got = E.both_sides(v, n, least).tolist()
+    big = [m for m, x in enumerate(values) if abs(x) >= least and x]
+    assert len(got) == len(set(got)) == min(n, len(big)) and set(got) <= set(big)
+    for side in (1, -1):
+        mine = [m for m in big if side * values[m] > 0]
+        assert sum(side * values[m] > 0 for m in got) >= min(n // 3, len(mine))
+        for m in got:                                                    # within a side, no larger one is left out
+            if side * values[m] > 0: assert all(abs(values[o]) <= abs(values[m]) or o in got for o in mine)
+
+
+def test_what_is_missing(world):
+    model, data, tokens = world
+    s = presence_of(tokens, model.book, .1)
+    e, _ = E._seen(model, (data.test, 0))
+    b = int(e.logits.argsort(descending=True)[1])
+    miss = model.why_not((data.test, 0), b, presence=s, labels=tokens.labels).missing
+    rows = [i for i in range(len(tokens)) if tokens.labels[i] == b]
+    slow = [float(e.weight[b, m]) * (sum(float(s[i, m]) for i in rows) / len(rows) - float(e.presence[m])) for m in range(12)]
+    for m, v in zip(miss.codes, miss.shortfall): close(v, slow[m], eps=1e-6)
+    assert miss.codes.tolist() == [m for m in sorted(range(12), key=lambda m: -slow[m]) if slow[m] >= .01][:5] and miss.n_images == 4
+    close(miss.shortfall.sum() + miss.rest, miss.mean_logit - miss.logit, eps=1e-12); close(sum(slow), miss.mean_logit - miss.logit, eps=1e-5)
+    assert E.Shortfall.from_json(miss.to_json()).to_dict() == miss.to_dict() and list(miss.to_frame()["code"]) == miss.codes.tolist()
+    assert miss.class_name == data.class_names[b] and "usually" in repr(miss)
+
+
+def test_patches_come_with_a_difference(world):
+    model, data, _ = world
+    d = model.why_not((data.test, 0), 1, 0, train=data.train, n_patches=2)
+    assert [[p.row for p in ps] for ps in d.a.patches] == [model.index.image[c, :2].tolist() for c in d.codes]
+    again = E.Difference.from_json(d.to_json())
+    assert again.a.patches == d.a.patches and again.to_dict() == d.to_dict()
+
+
+# sharing
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_sharing_and_overlap_against_loops(k, M, seed):
+    W = rand(k, M, seed=seed).relu()
+    sh = E.sharing(W)
+    slow = {m: [c for c in range(k) if W[c, m] > 1e-3] for m in range(M)}
+    assert {int(m): sorted(c for c, _, _ in cs) for m, cs in zip(sh.codes, sh.classes)} == {m: cs for m, cs in slow.items() if cs}
+    assert (np.diff(sh.n_users) <= 0).all() and sh.n_users.tolist() == [len(slow[int(m)]) for m in sh.codes]
+    for m, cs in zip(sh.codes, sh.classes): assert [w for _, _, w in cs] == sorted((float(W[c, m]) for c in slow[int(m)]), reverse=True)
+    assert E.overlap(W).to_numpy().tolist() == [[sum(W[a, m] > 1e-3 and W[b, m] > 1e-3 for m in range(M)) for b in range(k)] for a in range(k)]
+    assert E.Sharing.from_json(sh.to_json()).to_dict() == sh.to_dict() and len(sh.to_frame()) == int((W > 1e-3).sum()) and "shared" in repr(sh)
+
+
+def test_sharing_of_some_codes(world):
+    model = world[0]
+    sh = model.sharing([5, 0])
+    assert sh.codes.tolist() == [5, 0] and set(sh.to_frame().code) <= {5, 0} and sh.n_classes == 3
+    assert len(E.sharing(torch.zeros(2, 3))) == 0 and E.sharing(torch.zeros(2, 3), [1]).n_users.tolist() == [0] and len(E.Sharing.from_json(E.sharing(torch.zeros(2, 3)).to_json()).to_frame()) == 0
+
+
+def test_a_code_explained(world):
+    model, data, tokens = world
+    for m in range(12):
+        co = model.explain_code(m, data.train, tokens, n=2)
+        assert [c for c, _, _ in co.classes] == sorted((c for c in range(3) if model.weight[c, m] > 1e-3), key=lambda c: -model.weight[c, m]) and co.n_users == len(co)
+        want = model.book.directions()[m]
+        for (c, _, _), ps in zip(co.classes, co.patches):
+            slow = sorted(((float((model.book.space(tokens.read([i])) @ want).max()), i) for i in range(len(tokens)) if tokens.labels[i] == c), reverse=True)[:2]
+            close([p.similarity for p in ps], [v for v, _ in slow], eps=1e-5); assert {p.label for p in ps} == {c}
+            close(float(model.book.space(tokens.read([ps[0].row]))[0, ps[0].position] @ want), ps[0].similarity, eps=1e-5)
+        assert E.CodeExplanation.from_json(co.to_json()) == co and len(co.to_frame()) == 2 * len(co)
+    few = model.explain_code(0, data.train)                                # from the index alone
+    assert {p.row for ps in few.patches for p in ps} <= set(model.index.image[0].tolist()) and all(p.label == c for (c, _, _), ps in zip(few.classes, few.patches) for p in ps)
+    alone = model.explain_code(0, n_classes=1)
+    assert alone.patches is None and len(alone) == 1 <= alone.n_users and list(alone.to_frame()) == ["code", "class_id", "class_name", "weight"]
+    assert E.index_of_class(model.book, 0, tokens, 7).image.shape == (1, 0)   # a class without images
+
+
+# tables
+
+def test_tables_of_maps_and_patches(world):
+    model, data, _ = world
+    ex = model.explain((data.test, 0), n=3, min_contribution=0, train=data.train, n_patches=2)
+    f = ex.map_frame()
+    (H, W), (x0, y0, x1, y1) = ex.grid, ex.extent
+    assert len(f) == 3 * H * W
+    for r in f.sample(20, random_state=0).itertuples():
+        i = ex.codes.tolist().index(r.code)
+        close(r.p, ex.map[i, r.row, r.column])
+        close((r.x0, r.y0, r.x1, r.y1), E.to_full_image(E.patch_box(r.row * W + r.column, (H, W), ex.size), model.transform, data.test, 0), eps=1e-6)
+    close((f.x0.min(), f.y0.min(), f.x1.max(), f.y1.max()), ex.extent)
+    p = ex.patch_frame()
+    assert p.code.tolist() == np.repeat(ex.codes, 2).tolist() and p["rank"].tolist() == [1, 2] * 3
+    close(p[["x0", "y0", "x1", "y1"]].to_numpy(), [q.box_full for ps in ex.patches for q in ps])
+    with pytest.raises(DataError, match="pass train="): model.explain((data.test, 0)).patch_frame()
+
+
+def test_bad_questions(world):
+    model, data, tokens = world
+    said = model.explain((data.test, 0)).predicted
+    with pytest.raises(ConfigError, match="says .* itself"): model.why_not((data.test, 0), said)
+    with pytest.raises(ConfigError, match="both classes are"): model.why_not((data.test, 0), 1, 1)
+    with pytest.raises(ConfigError, match="no class is called"): model.why_not((data.test, 0), "Puffin")
+    with pytest.raises(ConfigError, match="no class 9"): model.compare((data.test, 0), (data.test, 1), 9)
+    with pytest.raises(ConfigError, match="not str"): model.compare((data.test, 0), "b.png")
+    with pytest.raises(ConfigError, match="cannot be negative"): model.compare((data.test, 0), (data.test, 1), n=-1)
+    with pytest.raises(DataError, match="other images"): model.why_not((data.test, 0), 1, 0, train=data.test)
+    with pytest.raises(DataError, match="no image of class"): model.why_not((data.test, 0), 1, 0, presence=torch.rand(2, 12), labels=[0, 2])
+    with pytest.raises(ConfigError, match="0 to 11"): model.sharing([12])
+    with pytest.raises(ConfigError, match="0 to 11"): model.explain_code(-1)
+    with pytest.raises(DataError, match="other images"): model.explain_code(0, data.test)
