@@ -35,6 +35,7 @@ class ProtoQuant(nn.Module):
         index: PatchIndex = None,        # nearest training patches of each code
         projection: Projection = None,   # where projected codes come from
         metrics: dict = None,            # numbers by name
+        edits: dict = None,              # what was changed by hand since training (see the editing room)
     ):
         super().__init__()
         check_temperature(temperature)
@@ -47,7 +48,7 @@ class ProtoQuant(nn.Module):
         self.class_names = list(class_names) if class_names is not None else [f"class {i}" for i in range(k)]
         self.transform = transform or eval_transform(backbone.size, backbone.mean, backbone.std, "center")
         self.recipe = asdict(recipe) if is_dataclass(recipe) else dict(recipe or {})
-        self.index, self.projection, self.metrics = index, projection, dict(metrics or {})
+        self.index, self.projection, self.metrics, self.edits = index, projection, dict(metrics or {}), edits
 
     @property
     def weight(self) -> Tensor:
@@ -122,7 +123,7 @@ def _rows(obj, keep):
 def reduced(self: ProtoQuant,
     book: Codebook, head: NonNegLinear, keep: Tensor,   # from `physical_prune`: what is left, and numbers of the codes that stayed
 ) -> ProtoQuant:
-    "A copy with other codes and weights; patch index and projection follow, metrics are dropped, since they were measured on this model."
+    "A copy with other codes and weights; patch index and projection follow; metrics and edits, which describe this model, are dropped."
     return ProtoQuant(self.backbone, book, head, self.temperature, self.class_names, self.transform, self.recipe, _rows(self.index, keep), _rows(self.projection, keep))
 
 @patch
@@ -141,18 +142,28 @@ def _number(v): return v.item() if hasattr(v, "item") else str(v)
 def _whole_hash(tensors, about): return hash_json([hash_tensors(tensors), about])
 _PARTS = dict(index=(PatchIndex, ("image", "position", "similarity")), projection=(Projection, ("image", "position", "cosine")))
 
+def _core(self):
+    "The tensors that predictions depend on."
+    return dict(codes=self.book.codes, center=self.book.space.center, basis=self.book.space.basis, damping=self.book.space.damping, silent=self.book.silent, weight=self.weight)
+
+@patch(as_prop=True)
+def hash(self: ProtoQuant) -> str:
+    "Hash of what its predictions depend on: codes, space, weights, temperature, backbone, class names. The same before and after `save`."
+    return hash_json([hash_tensors(_core(self)), self.temperature, self.backbone.hash, self.class_names])
+
 @patch
 def save(self: ProtoQuant,
     path,   # .safetensors
 ):
     "Write the model to one file, atomically."
     from safetensors.torch import save_file
-    t = dict(codes=self.book.codes, center=self.book.space.center, basis=self.book.space.basis, damping=self.book.space.damping, silent=self.book.silent, weight=self.weight, mask=self.classifier.mask.to(torch.uint8))
+    t = _core(self) | dict(mask=self.classifier.mask.to(torch.uint8))
     for name, (_, fs) in _PARTS.items():
         if (obj := getattr(self, name)) is not None: t |= {f"{name}.{f}": getattr(obj, f) for f in fs}
     t = {k: v.detach().cpu().contiguous() for k, v in t.items()}
     about = dict(format=FORMAT, temperature=self.temperature, class_names=self.class_names, backbone=self.backbone.spec, transform=[list(self.transform.size), self.transform.mode],
                  recipe=self.recipe, metrics=self.metrics, index=dict(grid=list(self.index.grid), ids=self.index.ids) if self.index else None)
+    if self.edits: about["edits"] = self.edits
     about = json.loads(json.dumps(about, default=_number))
     with atomic_path(path) as p: save_file(t, p, {"protoquant": json.dumps(about | dict(hash=_whole_hash(t, about)))})
 
@@ -198,4 +209,4 @@ def load(cls: ProtoQuant,
     extra = {}
     if about["index"]: extra["index"] = PatchIndex(*(t[f"index.{f}"] for f in _PARTS["index"][1]), tuple(about["index"]["grid"]), about["index"]["ids"])
     if "projection.image" in t: extra["projection"] = Projection(book.codes.detach().clone(), *(t[f"projection.{f}"] for f in _PARTS["projection"][1]))
-    return ProtoQuant(b, book, head, about["temperature"], about["class_names"], eval_transform(tuple(size), b.mean, b.std, mode), about["recipe"], metrics=about["metrics"], **extra)
+    return ProtoQuant(b, book, head, about["temperature"], about["class_names"], eval_transform(tuple(size), b.mean, b.std, mode), about["recipe"], metrics=about["metrics"], edits=about.get("edits"), **extra)
