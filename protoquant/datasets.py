@@ -9,7 +9,7 @@ __all__ = ['TOYBIRDS_VERSION', 'IMAGE_SUFFIXES', 'ARCHIVES', 'EMBEDDED', 'REGIST
            'Transform', 'eval_transform', 'augment_transform', 'validation_split']
 
 # %% ../nbs/02_datasets.ipynb #02-datas-002
-import copy, inspect, itertools, os, shutil, tarfile, tempfile, time, warnings
+import copy, importlib, inspect, itertools, os, shutil, tarfile, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -617,13 +617,20 @@ def fetch(
 class Entry:
     "A data set that `load` knows."
     about: str              # one line
-    read: object            # (folder, crop=..., **kw) -> DataSet
+    read: object            # (folder, crop=..., **kw) -> DataSet; or the name of such a function of protoquant.readers
     crop: str = "none"      # default
     crops: tuple = ("none",)
     folder: str = ""        # its folder under the data root
     marker: str = ""        # what that folder must hold
     embedded: bool = False  # needs no folder
     has: str = ""           # where one can get it by hand
+    fetch: str = ""         # name of a function of protoquant.readers, (name, quiet) -> folder, that downloads it
+
+def _function(f):
+    "A function, or the one of protoquant.readers that is called so."
+    return getattr(importlib.import_module("protoquant.readers"), f) if isinstance(f, str) else f
+
+_IMAGENET = "https://image-net.org/download-images with an account; it belongs in <root>/{}/ as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG"
 
 REGISTRY = dict(
     cub=Entry("CUB-200-2011 or a subset of it, official layout; boxes and 15 parts; cut to the box by default",
@@ -632,22 +639,32 @@ REGISTRY = dict(
     toybirds=Entry("the embedded set: birds of five parts, 50 classes, drawn on demand; boxes, parts, interventions",
                    toybirds_set, "none", ("none", "bbox"), embedded=True),
     funnybirds=Entry("FunnyBirds or a subset of it, official layout; parts from its part maps", read_funnybirds,
-                     folder="FunnyBirds", marker="dataset_test.json", has="https://github.com/visinf/funnybirds"))
+                     folder="FunnyBirds", marker="dataset_test.json", has="https://github.com/visinf/funnybirds"),
+    cars=Entry("Stanford Cars, devkit layout; boxes; full images by default", "read_cars", "none", ("none", "bbox"), "stanford_cars", "devkit/cars_meta.mat",
+               has="https://github.com/pytorch/vision/issues/7545, because its authors' server is gone; it belongs in <root>/stanford_cars/ as devkit/, cars_train/, cars_test/ "
+                   "and cars_test_annos_withlabels.mat"),
+    dogs=Entry("Stanford Dogs, official lists; boxes where Annotation/ is there; full images by default", "read_dogs", "none", ("none", "bbox"), "stanford_dogs", "Images",
+               has="http://vision.stanford.edu/aditya86/ImageNetDogs/", fetch="fetch_set"),
+    flowers=Entry("Oxford 102 Flowers; protocol: paper (train, val), official (train, test), trainval, crossval", "read_flowers", folder="flowers-102", marker="setid.mat",
+                  has="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/", fetch="fetch_set"),
+    imagenet=Entry("ImageNet-1k or any subset of its classes: train/<wnid>/, val/<wnid>/ or val/ flat with its ground truth", "read_imagenet", folder="imagenet", marker="train",
+                   has=_IMAGENET.format("imagenet")),
+    imagenet10=Entry("the same, in a folder imagenet-10: ten classes", "read_imagenet", folder="imagenet-10", marker="train", has=_IMAGENET.format("imagenet-10")))
 
 # %% ../nbs/02_datasets.ipynb #02-datas-071
 def _locate(name, entry, data_root, sub, quiet):
     "The folder that holds a data set."
     root, said = data_root or os.environ.get("PROTOQUANT_DATA"), "data_root" if data_root else "PROTOQUANT_DATA"
-    where = ARCHIVES[name].url if name in ARCHIVES else entry.has
+    where, can = ARCHIVES[name].url if name in ARCHIVES else entry.has, name in ARCHIVES or entry.fetch
     if not root:
-        if name in ARCHIVES: return fetch(name, quiet)
+        if can: return (_function(entry.fetch) if entry.fetch else fetch)(name, quiet)
         raise DataError(f"{name} needs a folder: give data_root or set PROTOQUANT_DATA. No folder was looked in and no address was tried, because this set is not "
                         f"downloaded{f' (it can be had at {where})' if where else ''}. The embedded set needs none: {EMBEDDED}")
     root = Path(root).expanduser()/sub
     if not entry.marker: return root
     for f in (root/entry.folder, root):
         if (f/entry.marker).exists(): return f
-    download = ", or neither data_root nor PROTOQUANT_DATA to download it" if name in ARCHIVES else ""
+    download = ", or neither data_root nor PROTOQUANT_DATA to download it" if can else ""
     raise DataError(f"{name}: {root} ({said}) {_state(root, entry)}. Give the folder that holds {entry.folder}/{download}"
                     f"{f' from {where}' if where else ''}; or run the embedded set: {EMBEDDED}")
 
@@ -675,17 +692,18 @@ def load(
     skip_bad: bool = False,  # leave out images that cannot be decoded, with a warning; else the first one stops the run
     folder: str = "",        # folder under the data root, where it is not the usual one
     quiet: bool = False,     # no progress lines
-    **kw,                    # of the set: toybirds takes n_train_per_class, n_test_per_class, classes, seed
+    **kw,                    # of the set: toybirds takes n_train_per_class, n_test_per_class, classes, seed; flowers protocol, fold, folds; imagenet classes
 ) -> DataSet:
     "A data set by name. Raises `ConfigError` (name, crop, parameter) and `DataError` (files)."
     if name not in REGISTRY: raise ConfigError(f"no data set is called {name!r}.{nearest_names(str(name), REGISTRY)} There are: {', '.join(REGISTRY)}.")
     e = REGISTRY[name]
     if crop not in (None, *e.crops): raise ConfigError(f"crop={crop!r}: {name} has {' or '.join(map(repr, e.crops))}.")
-    takes = [p for p in inspect.signature(e.read).parameters if p not in ("folder", "crop")]
+    read = _function(e.read)
+    takes = [p for p in inspect.signature(read).parameters if p not in ("folder", "crop")]
     for k in kw:
         if k not in takes: raise ConfigError(f"{name} takes no parameter {k!r}.{nearest_names(k, takes)} It takes: {', '.join(takes) or 'none'}.")
     where = () if e.embedded else (_locate(name, e, data_root, folder, quiet),)
-    ds = e.read(*where, crop=crop or e.crop, **kw)
+    ds = read(*where, crop=crop or e.crop, **kw)
     if skip_bad:
         ds.train, ds.test = _without_bad(ds.train, quiet), _without_bad(ds.test, quiet)
         _check_splits(dict(train=ds.train.samples, test=ds.test.samples), ds.class_names, f"what is left of {name}")
