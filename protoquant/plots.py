@@ -6,11 +6,12 @@
 __all__ = ['STYLE', 'COLOURS', 'GREY', 'INK', 'CMAP', 'VIEWS', 'KINDS', 'style', 'styled', 'colour', 'short', 'jpeg_figures',
            'picture', 'reduced', 'windowed', 'show_image', 'ink_on', 'draw_boxes', 'spread', 'overlay', 'heat_map',
            'prototype_grid', 'crop_of', 'crop_strip', 'prototype_crops', 'contribution_bars', 'explanation_figure',
-           'class_sheet', 'code_usage', 'weight_structure', 'long_history', 'metric_kind', 'training_curves',
-           'accuracy_bars']
+           'match_grid', 'signed', 'difference_bars', 'shortfall_bars', 'difference_figure', 'class_sheet',
+           'code_sheet', 'code_usage', 'weight_structure', 'overlap_matrix', 'long_history', 'metric_kind',
+           'training_curves', 'accuracy_bars', 'components', 'method_figure', 'training_figure']
 
 # %% ../nbs/12_plots.ipynb #12-plots-002
-import functools, math, re
+import functools, math, re, textwrap
 from collections import Counter
 from importlib import resources
 
@@ -19,15 +20,16 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.colors import to_rgb
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
 from PIL import Image
 from torch import Tensor
+import torch.nn.functional as F
 
 from .codebook import Usage
-from .core import ConfigError, nearest_names
+from .core import ConfigError, DataError, nearest_names
 from .datasets import ImageSet, _rgb
-from .explain import ClassExplanation, Explanation, check_code, patches_of
+from .explain import ClassExplanation, CodeExplanation, Difference, Explanation, Shortfall, _seen, as_image, overlap, patches_of
 
 # %% ../nbs/12_plots.ipynb #12-plots-008
 STYLE = resources.files("protoquant")/"protoquant.mplstyle"
@@ -363,6 +365,140 @@ def _code_rows(fig, e, im, train, k, side, view):
 
 # %% ../nbs/12_plots.ipynb #12-plots-042
 @styled
+def match_grid(
+    explanation: Explanation,   # made with train=
+    image,                      # PIL image, or (ImageSet, i), that was explained
+    train: ImageSet,            # training images
+    n: int = 3,                 # codes
+    n_patches: int = 4,         # a code
+    view: str = "full",         # 'full': whole images; 'seen': what the model saw of them
+    cell: float = 1.25,         # inches a picture
+):
+    "Input and nearest training images, a row a code (the paper's Figures 4 and 5). Raises `DataError` where the explanation has no training patches, `ConfigError` where it has no code."
+    e, n = explanation, min(n, len(explanation))
+    if e.patches is None: raise DataError("this explanation has no training patches; pass train=, the training images, when it is made.")
+    if n < 1: raise ConfigError(f"no code adds to the logit of {e.class_name} for {e.image}: there is nothing to draw.")
+    k, im = min(n_patches, max(map(len, e.patches[:n]))), picture(image)
+    fig, axes = plt.subplots(n, k + 1, figsize=(cell * (k + 1) + .2, (cell + .2) * n + .55), squeeze=False, layout="constrained")
+    for i, row in enumerate(axes):
+        draw_boxes(show_image(row[0], im, round(110 * cell), _window(view, e.extent), square=True), e.box_full[i:i+1], [colour(i)], linewidth=1.8)
+        row[0].set_xlabel(f"code {e.codes[i]} · adds {e.contribution[i]:.2f}", fontsize=7, labelpad=2, color=INK)
+        _patch_row(row[1:], e.patches[i][:k], train, colour(i), round(110 * cell), view)
+    axes[0, 0].set_title("input", fontsize=8)
+    axes[0, 1].set_title("nearest training images (class · similarity)", fontsize=8)
+    fig.suptitle(_headline(e), x=.01, ha="left", fontsize=10)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #12-plots-045
+def signed(v: float) -> str:
+    "A number with its sign, minus as a minus."
+    return f"{v:+.2f}".replace("-", "−")
+
+def _walk(ax, steps, names, colours, end, goal):
+    "Steps to the right (plain) and to the left (hatched), ending at `end`; numbers stand at the right."
+    left = np.concatenate([[0], np.cumsum(steps)[:-1]])
+    lo, hi = min(0, *(left + steps)), max(0, *(left + steps))
+    span = max(hi - lo, 1e-6)
+    ax.set(ylim=(len(steps) - .5, -.5), xlim=(lo - .04 * span, hi + .2 * span))
+    for i, (x, d) in enumerate(zip(left, steps)):
+        ax.barh(i, d, left=x, height=.68, color=colours[i], hatch="////" if d < 0 else None, edgecolor="white", linewidth=0)
+        if i + 1 < len(steps): ax.plot([x + d] * 2, [i + .34, i + .66], color="#888888", linewidth=.8)
+        ax.text(1, i, signed(d), va="center", ha="right", fontsize=8, color=INK, transform=ax.get_yaxis_transform())
+    ax.axvline(0, color=INK, linewidth=.8); ax.axvline(end, color=INK, linewidth=.8, linestyle=":")
+    ax.set_yticks(range(len(steps)), names); ax.tick_params(axis="y", length=0)
+    ax.set_xlabel(goal)
+    return ax
+
+def _side_names(d, length):
+    "The sides in few letters: class names, or which image."
+    return [short(s, length) for s in d.sides()] if d.kind == "classes" else ["first image", "second image"]
+
+@styled
+def difference_bars(
+    ax,
+    difference: Difference,
+    colours=None,            # one a code; by rank where None
+):
+    "Differences as a walk that ends at the difference of the logits."
+    d, n = difference, len(difference)
+    (a, b), pair = _side_names(d, 22), lambda x, y: f"{x:.2f} − {y:.2f}"
+    names = [f"{i + 1}  code {c}   {pair(x, y)}" for i, (c, x, y) in enumerate(zip(d.codes, d.a.contribution, d.b.contribution))]
+    what = f"for {short(d.a.class_name, 22)}: " if d.kind == "images" else ""
+    _walk(ax, np.append(d.difference, [d.rest_for, d.rest_against]), [*names, f"{d.a.n_rest} others, for", f"{d.a.n_rest} others, against"],
+          [*(colours or map(colour, range(n))), GREY, GREY], d.logit_difference, f"← {b}      {a} →")
+    ax.set_title(f"{what}logit {d.a.logit:.2f} − {d.b.logit:.2f} = {signed(d.logit_difference)}")
+    return ax
+
+# %% ../nbs/12_plots.ipynb #12-plots-049
+@styled
+def shortfall_bars(
+    ax,
+    shortfall: Shortfall,
+    colours=None,          # one a code; grey where None
+):
+    "What is missing for a class: its usual contribution (outline) and the one here (filled), a code a row."
+    m, n = shortfall, len(shortfall)
+    usual, here = m.weight * m.mean_presence, m.weight * m.presence
+    ax.barh(range(n), usual, height=.68, fill=False, edgecolor=INK, linewidth=.9, label="usually")
+    ax.barh(range(n), here, height=.68, color=colours or COLOURS[5], linewidth=0, label="here")
+    for i, (u, v) in enumerate(zip(usual, m.shortfall)): ax.text(max(u, here[i]), i, f"  −{v:.2f}", va="center", fontsize=8, color=INK)
+    ax.set_yticks(range(n), [f"code {c}" for c in m.codes]); ax.tick_params(axis="y", length=0)
+    ax.set(ylim=(max(n, 1) - .5, -.5), xlim=(0, max([*usual, *here, 1e-6]) * 1.2), xlabel=f"presence × weight for {short(m.class_name, 24)}")
+    ax.set_title(f"logit {m.mean_logit:.2f} usually, {m.logit:.2f} here")
+    if n: ax.legend(loc="lower right")
+    return ax
+
+# %% ../nbs/12_plots.ipynb #12-plots-052
+def _question(d):
+    "The question that a difference answers."
+    a, b = (short(s.split("/")[-1], 30) for s in d.sides())
+    if d.kind == "classes": return f"why {a} (p = {d.a.probabilities[d.a.class_id]:.2f}) and not {b} (p = {d.a.probabilities[d.b.class_id]:.2f})?"
+    return f"{short(d.a.class_name, 30)} in {a} (p = {d.a.probabilities[d.a.class_id]:.2f}) and in {b} (p = {d.b.probabilities[d.b.class_id]:.2f})"
+
+@styled
+def difference_figure(
+    difference: Difference,
+    image, image_b=None,     # what was explained: PIL images, or (ImageSet, i); the second for `compare`
+    train: ImageSet = None,  # training images; rows show nearest patches where the difference has them
+    n_patches: int = 4,      # a code
+    view: str = "full",      # 'full': whole images; 'seen': what the model saw of them
+    cell: float = 1.2,       # inches a small picture
+):
+    "Why not the other class, or what differs between two images: boxes, walk, maps and nearest training patches. Raises `ConfigError` where the second image is missing."
+    d, n = difference, len(difference)
+    if d.kind == "images" and image_b is None: raise ConfigError("two images were compared: pass the second one too, image_b=.")
+    sides = [(d.a, picture(image))] + ([(d.b, picture(image_b))] if d.kind == "images" else [])
+    k = min(n_patches, max(map(len, d.a.patches), default=0)) if train is not None and d.a.patches else 0
+    wide, high, extra = max(cell * (k + len(sides)) + 1.3, 6.6 + 1.2 * (len(sides) - 1)), 1.05 + .28 * max(n + 2, 6), 1.55 if d.missing is not None else 0
+    heights = [high, *([extra] if extra else []), *([(cell + .22) * n] if n else [])]
+    fig = plt.figure(figsize=(wide, sum(heights)), layout="constrained")
+    top, *more = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = top.subplots(1, len(sides) + 1, width_ratios=[2] * len(sides) + [wide - 2 * len(sides)])
+    for ax, (e, im) in zip(axes, sides): draw_boxes(show_image(ax, im, 220, _window(view, e.extent)), e.box_full, labels=range(1, n + 1))
+    difference_bars(axes[-1], d)
+    top.suptitle(_question(d), x=.01, ha="left", fontsize=10)
+    if extra: shortfall_bars(more.pop(0).subplots(), d.missing).set_title(f"what is missing for {short(d.missing.class_name, 24)}: logit {d.missing.mean_logit:.2f} usually, {d.missing.logit:.2f} here")
+    if n: _difference_rows(more[0], d, sides, train, k, round(105 * cell), view)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #12-plots-053
+def _difference_rows(fig, d, sides, train, k, side, view):
+    "A row a code: its map on each input, then nearest training images."
+    m, top = len(sides), max(float(e.map.max(initial=0)) for e, _ in sides)
+    axes = fig.subplots(len(d), k + m, squeeze=False)
+    a, b = _side_names(d, 14)
+    for i, (row, c) in enumerate(zip(axes, d.codes)):
+        for ax, (e, im) in zip(row, sides):
+            heat_map(ax, im, e.map[i], e.extent, vmax=top, side=side, window=_window(view, e.extent), square=True)
+            draw_boxes(ax, e.box_full[i:i+1], [colour(i)], linewidth=1.6)
+        _tag(row[0], i + 1, (row[0].get_xlim()[0], row[0].get_ylim()[1]), colour(i), below=True)
+        _row_text(row[0], f"code {c}\n{a} {d.a.contribution[i]:.2f}\n{b} {d.b.contribution[i]:.2f}\ndiffers {signed(d.difference[i])}")
+        if k: _patch_row(row[m:], d.a.patches[i][:k], train, colour(i), side, view)
+    for ax, name in zip(axes[0], ("map",) if m == 1 else (a, b)): ax.set_title(f"{name} (0 to {top:.2f})", fontsize=8)
+    if k: axes[0, m].set_title("nearest training images (class · similarity)", fontsize=8)
+
+# %% ../nbs/12_plots.ipynb #12-plots-058
+@styled
 def class_sheet(
     explanation: ClassExplanation,
     index, images, transform,   # patch index, its training images, the model's transform
@@ -375,24 +511,52 @@ def class_sheet(
     "The codes of a class on one sheet. Raises what `patches_of` raises."
     e, n = explanation, min(n, len(explanation))
     if n < 1: raise ConfigError(f"class {e.class_name} has no code to draw: all its weights are zero.")
-    cols = columns or max(1, round(math.sqrt(n / 1.7)))
-    rows, wide = -(-n // cols), 1 + (n_patches - 1) / 4
-    fig = plt.figure(figsize=(1.25 * (wide + .15) * cols, 1.62 * rows + .3), layout="constrained")
-    cells = np.atleast_1d(fig.subfigures(rows, cols)).ravel()
-    for i in range(n): _sheet_cell(cells[i], e, i, patches_of(e.codes[i], index, images, transform, n_patches, **kw), images, context, wide, view)
+    fig, cells, wide = _sheet(n, n_patches, columns)
+    for i in range(n):
+        mean = f", mean contribution {e.mean_contribution[i]:.2f}" if e.mean_contribution is not None else ""
+        also = f"\nalso in {len(e.shared[i])} other class{'es' * (len(e.shared[i]) > 1)}" if e.shared[i] else "\nonly in this class"
+        patches = patches_of(e.codes[i], index, images, transform, n_patches, **kw)
+        _sheet_cell(cells[i], f"code {e.codes[i]}: weight {e.weight[i]:.2f}{mean}{also}", patches, images, context, wide, view, colour(i))
     fig.suptitle(f"{short(e.class_name, 40)}: {n} of {e.n_codes} codes, by {'weight' if e.by == 'weight' else 'mean contribution'}", x=.01, ha="left", fontsize=10)
     return fig
 
-def _sheet_cell(fig, e, i, patches, images, context, wide, view):
-    left, right = fig.subplots(1, 2, width_ratios=[1, wide - 1])
-    _boxed(left, patches[0], images, colour(i), 120, view)
-    if patches[1:]: right.imshow(crop_strip(patches[1:], images, 2, 56, context), interpolation="bilinear")
-    right.set_axis_off(); right.set_anchor("W")
-    mean = f", mean contribution {e.mean_contribution[i]:.2f}" if e.mean_contribution is not None else ""
-    also = f"\nalso in {len(e.shared[i])} other class{'es' * (len(e.shared[i]) > 1)}" if e.shared[i] else "\nonly in this class"
-    left.set_title(f"code {e.codes[i]}: weight {e.weight[i]:.2f}{mean}{also}", fontsize=8)
+def _sheet(n, n_patches, columns=None):
+    "A figure with n cells in near-square order, and how wide a cell is in pictures."
+    cols = columns or max(1, round(math.sqrt(n / 1.7)))
+    rows, wide = -(-n // cols), 1 + math.ceil((n_patches - 1) / 2) / 2
+    fig = plt.figure(figsize=(1.25 * (wide + .15) * cols, 1.62 * rows + .3), layout="constrained")
+    return fig, np.atleast_1d(fig.subfigures(rows, cols)).ravel(), wide
 
-# %% ../nbs/12_plots.ipynb #12-plots-045
+def _sheet_cell(fig, text, patches, images, context, wide, view, colour):
+    "The nearest training image in full, the others cut out in two rows."
+    left, right = fig.subplots(1, 2, width_ratios=[1, wide - 1])
+    left.set_title(text, fontsize=8)
+    right.set_axis_off(); right.set_anchor("W")
+    if not patches: left.set_axis_off(); return
+    _boxed(left, patches[0], images, colour, 120, view)
+    if patches[1:]: right.imshow(crop_strip(patches[1:], images, 2, 56, context), interpolation="bilinear")
+
+# %% ../nbs/12_plots.ipynb #12-plots-061
+@styled
+def code_sheet(
+    explanation: CodeExplanation,   # made with images
+    images: ImageSet,               # the training images
+    columns: int = None,            # of the sheet; near-square where None
+    context: float = 1.5,           # of the cut-outs
+    view: str = "full",             # 'full': the whole image; 'seen': what the model saw of it
+):
+    "One code in the classes that use it (concept sharing). Raises `DataError` without patches and `ConfigError` where no class uses the code."
+    e = explanation
+    if e.patches is None: raise DataError("this explanation has no training patches; pass the training images (and their tokens) to explain_code.")
+    if not len(e): raise ConfigError(f"no class uses code {e.code}.")
+    fig, cells, wide = _sheet(len(e), max(2, *map(len, e.patches)), columns)
+    for i, ((_, name, w), ps) in enumerate(zip(e.classes, e.patches)):
+        text = f"{short(name, 26)}: weight {w:.2f}\n" + (f"similarity {ps[0].similarity:.2f}" if ps else "none of its images is among the nearest")
+        _sheet_cell(cells[i], text, ps, images, context, wide, view, colour(0))
+    fig.suptitle(f"code {e.code}: {len(e)} of the {e.n_users} class{'es' * (e.n_users > 1)} that use{'s' * (e.n_users == 1)} it", x=.01, ha="left", fontsize=10)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #12-plots-064
 @styled
 def code_usage(
     counts,       # (M,) tokens of each code, or a `Usage`
@@ -416,7 +580,7 @@ def code_usage(
     ax.set_title(f"{u.used} of {len(c)} codes used, perplexity {u.perplexity:.0f}")
     return ax
 
-# %% ../nbs/12_plots.ipynb #12-plots-048
+# %% ../nbs/12_plots.ipynb #12-plots-067
 def _order(w):
     "Columns by the class of their largest weight, then by that weight; columns of zeros are dropped."
     used = np.flatnonzero(w.max(0) > 0)
@@ -456,7 +620,29 @@ def _counts(ax, v, label, unit, colour):
     ax.set(xlabel=label, ylabel=unit); ax.set_title(f"mean {v.mean():.1f}" if len(v) else "none")
     ax.xaxis.get_major_locator().set_params(integer=True); ax.yaxis.get_major_locator().set_params(integer=True)
 
-# %% ../nbs/12_plots.ipynb #12-plots-051
+# %% ../nbs/12_plots.ipynb #12-plots-070
+@styled
+def overlap_matrix(
+    ax,
+    weight: Tensor,            # (k, M)
+    class_names=None,          # shown where there are at most 30
+    min_weight: float = 1e-3,  # smaller weights count as none
+):
+    "How many codes each two classes share."
+    n = overlap(weight, class_names, min_weight)
+    names, v = [short(c, 14) for c in n.index], n.to_numpy(float)
+    few, off = len(v) <= 30, v[~np.eye(len(v), dtype=bool)]
+    m = np.ma.masked_array(v, np.eye(len(v), dtype=bool))
+    im = ax.imshow(m, cmap="magma_r", vmin=0, vmax=max(1, off.max(initial=0)))
+    ax.figure.colorbar(im, ax=ax, label="codes in common", pad=.02).ax.yaxis.get_major_locator().set_params(integer=True)
+    if few:
+        ax.set_xticks(range(len(v)), names, rotation=45, ha="right", fontsize=7); ax.set_yticks(range(len(v)), names, fontsize=7)
+    if len(v) <= 12:
+        for i, j in np.ndindex(v.shape): ax.text(j, i, f"{v[i, j]:.0f}", ha="center", va="center", fontsize=7, color=INK if i == j else ink_on(im.to_rgba(v[i, j])))
+    ax.set_title(f"codes in common: {off.mean():.1f} on average" if len(off) else "one class", fontsize=9)
+    return ax
+
+# %% ../nbs/12_plots.ipynb #12-plots-073
 KINDS = dict(loss=r"loss|mse|cross|penalty", accuracy=r"top1|top5|acc|val$", rate=r"^lr|rate", share=r"dead|used|perplex")
 
 def long_history(
@@ -500,7 +686,7 @@ def _curves(ax, df, kind, stage, selected):
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
 
-# %% ../nbs/12_plots.ipynb #12-plots-054
+# %% ../nbs/12_plots.ipynb #12-plots-076
 @styled
 def accuracy_bars(
     table,                     # DataFrame with the columns `name` and `value`, also `sd` and `paper` where known; or a dict or Series name -> value
@@ -526,3 +712,169 @@ def accuracy_bars(
     ax.set(ylim=(len(t) - .5, -.5), xlim=(0, max(v.max() * 1.2, 1e-6)), xlabel=unit)
     if v.max() <= 100: ax.set_xticks([x for x in ax.get_xticks() if 0 <= x <= (100 if v.max() > 1 else 1)])
     return ax
+
+# %% ../nbs/12_plots.ipynb #12-plots-082
+def components(
+    z: Tensor,        # (N, d) tokens
+    n: int = 3,       # principal components
+) -> np.ndarray:      # (N, n), each scaled to 0..1
+    "Tokens reduced to what can be shown."
+    c = z.double() - z.double().mean(0)
+    v = (c @ torch.linalg.svd(c, full_matrices=False).Vh[:n].T).cpu().numpy()
+    v = v * np.where(np.abs(v.min(0)) > v.max(0), -1, 1)       # a component's sign is free: the larger end is bright
+    return (v - v.min(0)) / np.maximum(np.ptp(v, axis=0), 1e-12)
+
+def _arrow(fig, a, b, text=""):
+    "An arrow between two points of a figure (0..1), with a text above it."
+    fig.add_artist(FancyArrowPatch(a, b, transform=fig.transFigure, arrowstyle="-|>", mutation_scale=11, color=INK, linewidth=1.1))
+    if text: fig.text((a[0] + b[0]) / 2, max(a[1], b[1]) + .012, text, ha="center", va="bottom", fontsize=8, color=INK, linespacing=1.35)
+
+# %% ../nbs/12_plots.ipynb #12-plots-083
+@styled
+def method_figure(
+    model,               # ProtoQuant with a patch index
+    image,               # PIL image, or (ImageSet, i)
+    train: ImageSet,     # training images of the index
+    n: int = 4,          # codes shown
+    n_classes: int = 5,  # classes shown, best first
+):
+    "One prediction from image to logits (the paper's Figure 2), with the model's own numbers. Raises what `why_not` and `patches_of` raise."
+    seen, _ = _seen(model, image)
+    order = seen.logits.argsort(descending=True, stable=True)[:n_classes].tolist()
+    if len(order) < 2: raise ConfigError("a model of one class decides nothing: two classes at least are needed for this picture.")
+    d = model.why_not(image, order[1], order[0], n=n, train=train, n_patches=3)
+    e, fig = d.a, plt.figure(figsize=(10, 4.4))
+    step = .58 / max(len(d), 1)
+    rows = [(.85 - (i + 1) * step, step - .025) for i in range(len(d))]     # bottom and height of each code's row
+    fig.text(.01, .955, _headline(d.a), fontsize=10, va="center")
+    _left_of_method(fig, model, image, e)
+    _codes_of_method(fig, d, train, image, rows)
+    _sum_of_method(fig, model, seen, d, order, rows)
+    return fig
+
+def _left_of_method(fig, model, image, e):
+    "Input and features."
+    im = picture(image)
+    ax = show_image(fig.add_axes((.01, .36, .145, .33)), im, 220, e.extent)
+    ax.set_title("image x", fontsize=9)
+    z = model.tokens(model.transform(as_image(image)[0])[None].to(model.book.codes.device))[0].detach().cpu()
+    v, (H, W) = components(z, 4), model.grid
+    for j in (3, 2, 1, 0):     # the first component lies in front
+        s = fig.add_axes((.235 + .011 * j, .4 + .022 * j, .115, .262))
+        s.imshow(v[:, j].reshape(H, W), vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        s.set(xticks=[], yticks=[])
+        for spine in s.spines.values(): spine.set(visible=True, edgecolor="white", linewidth=1)
+    fig.text(.305, .37, f"features z: {H}×{W} of {z.shape[1]}\n(4 components shown)", ha="center", va="top", fontsize=8, color=INK)
+    _arrow(fig, (.16, .53), (.23, .53), "backbone φ\n(frozen)")
+
+# %% ../nbs/12_plots.ipynb #12-plots-084
+def _codes_of_method(fig, d, train, image, rows):
+    "Codebook, maps and presence, a row a code."
+    e, im, top = d.a, picture(image), max(float(d.a.map.max(initial=0)), 1e-6)
+    _arrow(fig, (.388, .56), (.424, .56))
+    fig.text(.455, .872, "codebook C", ha="center", fontsize=9, color=INK)
+    fig.text(.575, .872, "maps p", ha="center", fontsize=9, color=INK)
+    fig.text(.68, .872, "presence s", ha="center", fontsize=9, color=INK)
+    for i, (y, h) in enumerate(rows):
+        w = h * 4.4 / 10                                   # square in inches
+        c = fig.add_axes((.455 - w / 2, y, w, h)); c.imshow(crop_of(train.full_image(e.patches[i][0].row), e.patches[i][0].box_full, 72, 1.5)); c.set(xticks=[], yticks=[])
+        for s in c.spines.values(): s.set(visible=True, edgecolor=colour(i), linewidth=2)
+        c.set_ylabel(f"c$_{{{d.codes[i]}}}$", rotation=0, ha="right", va="center", labelpad=3, color=INK)
+        heat_map(fig.add_axes((.575 - w / 2, y, w, h)), im, e.map[i], e.extent, vmax=top, side=110, window=e.extent, square=True)
+        b = fig.add_axes((.645, y + h * .3, .07, h * .4)); b.barh(0, e.presence[i], color=colour(i), height=1); b.barh(0, 1, fill=False, edgecolor=INK, linewidth=.7, height=1)
+        b.set(xlim=(-.01, 1.01), ylim=(-.55, .55)); b.set_axis_off(); b.text(1.04, 0, f"{e.presence[i]:.2f}", va="center", fontsize=8, color=INK)
+        _arrow(fig, (.455 + w / 2 + .004, y + h / 2), (.575 - w / 2 - .004, y + h / 2)); _arrow(fig, (.575 + w / 2 + .004, y + h / 2), (.642, y + h / 2))
+        _arrow(fig, (.744, y + h / 2), (.764, y + h / 2))
+    fig.text(.515, .955, "m: cosine, softmax\n(Eq. 6)", ha="center", va="center", fontsize=8, color=INK)
+    fig.text(.625, .955, "a: maximum\n(Eq. 8)", ha="center", va="center", fontsize=8, color=INK)
+
+def _sum_of_method(fig, model, seen, d, order, rows):
+    "W with a column a class, and under it the logits as piles of what each code adds."
+    w, k = model.weight.detach().cpu().numpy()[:, d.codes], len(order)
+    x0, width, top = .767, .223, max(float(w.max(initial=0)), 1e-6)
+    for i, (y, h) in enumerate(rows):
+        ax = fig.add_axes((x0, y + h * .12, width, h * .76))
+        ax.imshow(w[order, i][None], cmap="Greys", vmin=0, vmax=1.4 * top, aspect="auto", extent=(-.5, k - .5, 0, 1)); ax.set(xticks=[], yticks=[])
+        for j, c in enumerate(order): ax.text(j, .5, f"{w[c, i]:.2f}" if w[c, i] > 0 else "0", ha="center", va="center", fontsize=8, color="white" if w[c, i] > .7 * top else INK)
+        for s in ax.spines.values(): s.set(visible=True, edgecolor=colour(i), linewidth=1.5)
+    fig.text(x0 + width / 2, .872, "weights W of each class", ha="center", fontsize=9, color=INK)
+    fig.text(x0 + width / 2, .955, "c: logits = W s (Eq. 10)", ha="center", va="center", fontsize=8, color=INK)
+    _piles(fig.add_axes((x0, .085, width, .135)), model, seen, d, order)
+
+# %% ../nbs/12_plots.ipynb #12-plots-085
+def _piles(ax, model, seen, d, order):
+    "Logits of some classes as piles: the codes shown in their colours, all others in grey."
+    parts = np.stack([seen.contributions(c).numpy() for c in order])
+    shown, below = parts[:, d.codes], np.zeros(len(order))
+    for i in range(len(d)):
+        ax.bar(range(len(order)), shown[:, i], bottom=below, width=.6, color=colour(i)); below = below + shown[:, i]
+    ax.bar(range(len(order)), parts.sum(1) - below, bottom=below, width=.6, color=GREY)
+    for j, v in enumerate(parts.sum(1)): ax.text(j, v, f"{v:.1f}", ha="center", va="bottom", fontsize=8, color=INK, fontweight="bold" if j == 0 else "normal")
+    ax.set(xlim=(-.5, len(order) - .5), ylim=(0, max(parts.sum(1).max() * 1.25, 1e-6)), yticks=[])
+    ax.set_xticks(range(len(order)), [textwrap.fill(short(model.class_names[c], 24), 9) for c in order], fontsize=6.5, linespacing=1); ax.tick_params(axis="x", length=0, pad=2)
+    ax.spines["left"].set_visible(False)
+    ax.set_ylabel("sums of\ncolumns", fontsize=7, labelpad=4, rotation=0, ha="right", va="center")
+    ax.text(-.7, -.45, "grey: other codes", fontsize=7, ha="right", color=INK, transform=ax.get_xaxis_transform())
+
+# %% ../nbs/12_plots.ipynb #12-plots-088
+@styled
+def training_figure(
+    tokens,                 # (n, r) some tokens, in the space of the codes
+    start, codes,           # (M, r) codes before and after stage 1
+    losses: list,           # of stage 1
+    weights: dict,          # what -> (k, M) class weights: e.g. {'start': W0, 'trained': W1, '3 codes a class': W2}
+    n_shown: int = 60,      # columns of W: codes; neighbours are merged where there are more
+):
+    "The two stages of training, and pruning (the paper's Figure 3), from their data. Raises `ConfigError` for shapes that do not fit."
+    z, a, b = (F.normalize(torch.as_tensor(v).double(), dim=1).cpu().numpy() for v in (tokens, start, codes))
+    if a.shape != b.shape or z.shape[1] != a.shape[1]: raise ConfigError(f"tokens {z.shape} and codes {a.shape}, {b.shape}: (n, r), (M, r) and (M, r) are needed.")
+    ws = {k: np.asarray(torch.as_tensor(v).detach().cpu(), dtype=float) for k, v in weights.items()}
+    if any(w.ndim != 2 or w.shape[1] != len(b) for w in ws.values()): raise ConfigError(f"every W needs a column for each of the {len(b)} codes.")
+    fig = plt.figure(figsize=(9.6, 5.2), layout="constrained")
+    one, two = fig.subfigures(2, 1, height_ratios=[1.25, 1])
+    roles, scatter, curve = one.subplots(1, 3, width_ratios=[1.15, 2, 1.5])
+    _roles(roles, "stage 1: codes", [("backbone φ", False), ("codebook C", True), ("black box's head", False)], "no labels (Eq. 4); the head only validates")
+    _moves(scatter, z, a, b)
+    _descent(curve, losses)
+    roles, *axes = two.subplots(1, len(ws) + 1, width_ratios=[1.15] + [3.5 / len(ws)] * len(ws))
+    _roles(roles, "stage 2: weights", [("backbone φ", False), ("codebook C", False), ("weights W ≥ 0", True)], "labels: cross-entropy; darker is a larger weight")
+    order, top = _order(list(ws.values())[-1] + 1e-9 * list(ws.values())[0] + 1e-12), max(w.max() for w in ws.values())
+    for ax, (name, w) in zip(axes, ws.items()): _stage_weights(ax, name, w[:, order], top, n_shown)
+    return fig
+
+# %% ../nbs/12_plots.ipynb #12-plots-089
+def _roles(ax, title, parts, note):
+    "What learns in a stage (filled) and what is frozen (hatched)."
+    ax.set(xlim=(0, 1), ylim=(-1, len(parts) + .1)); ax.set_axis_off()
+    for i, (name, learns) in enumerate(parts):
+        y = len(parts) - 1 - i
+        ax.add_patch(Rectangle((.02, y + .1), .94, .72, facecolor=COLOURS[5] if learns else "#EEEEEE", hatch=None if learns else "...", edgecolor="#CCCCCC" if not learns else COLOURS[1], linewidth=1))
+        ax.text(.49, y + .46, f"{name}\n{'learns' if learns else 'frozen'}", ha="center", va="center", fontsize=8, fontweight="bold" if learns else "normal", color="black",
+                linespacing=1.2, bbox=dict(facecolor="white", edgecolor="none", pad=1.2, alpha=0 if learns else .85))
+    ax.text(.49, -.05, note.replace("; ", "\n"), ha="center", va="top", fontsize=8, color=INK)
+    ax.set_title(title, fontweight="bold")
+
+def _moves(ax, z, a, b):
+    "Tokens on the two directions in which the codes differ most, codes before and after."
+    c = b - b.mean(0)
+    axes = np.linalg.svd(c, full_matrices=False)[2][:2].T
+    z, a, b = ((v - b.mean(0)) @ axes for v in (z, a, b))
+    ax.plot(*z.T, ".", color=GREY, markersize=2.5, label="tokens", zorder=1, linestyle="none")
+    ax.plot(np.stack([a[:, 0], b[:, 0]]), np.stack([a[:, 1], b[:, 1]]), color=INK, linewidth=.6, zorder=2)
+    ax.plot(*a.T, "o", color="white", markeredgecolor=COLOURS[0], markersize=4, linestyle="none", label="codes at the start", zorder=3)
+    ax.plot(*b.T, "D", color=COLOURS[1], markersize=4, linestyle="none", label="codes learned", zorder=4)
+    ax.set(xticks=[], yticks=[], xlabel="two directions of the feature space"); ax.set_title(f"{len(b)} codes move to the tokens")
+    ax.margins(.04); ax.legend(loc="upper left", bbox_to_anchor=(0, -.1), ncols=3, handletextpad=.1, columnspacing=.9)
+
+def _descent(ax, losses):
+    ax.plot(losses, color=COLOURS[1], marker="." if len(losses) < 40 else None)
+    ax.set(xlabel="pass", ylabel="mean distance to the code"); ax.set_title("codebook loss"); ax.grid(axis="y")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+
+def _stage_weights(ax, name, w, top, n_shown):
+    "W as it stands at one moment."
+    used = w.max(0) > 1e-3
+    ax.imshow(np.ma.masked_less(_fewer(w, n_shown), 1e-3), cmap="magma_r", vmin=0, vmax=top, aspect="auto", extent=(0, w.shape[1], len(w), 0))
+    ax.set(xticks=[0, w.shape[1]], yticks=[], xlabel="codes", ylabel="classes"); ax.xaxis.labelpad = -8
+    for s in ax.spines.values(): s.set_visible(True)
+    ax.set_title(f"{name}\n{int((w > 1e-3).sum())} weights, {int(used.sum())} codes", fontsize=8.5)

@@ -13,9 +13,12 @@ from hypothesis import given, settings, strategies as st
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from protoquant import datasets, explain as E, plots as P
-from protoquant.codebook import PatchIndex, Usage
+from protoquant import backbones, datasets, explain as E, plots as P
+from protoquant.codebook import Codebook, PatchIndex, Usage, nearest_patches
 from protoquant.core import ConfigError, DataError
+from protoquant.features import extract
+from protoquant.head import NonNegLinear, presence_of
+from protoquant.model import ProtoQuant
 
 GRIDS = [(7, 7), (14, 14)]
 W = torch.tensor([[2., 1., .5, 0., 0., .2], [0., 0., 1.5, 1., 0., .2], [0., .4, 0., 0., 0., .2]])
@@ -328,3 +331,139 @@ def test_colour_blind_people_can_tell_the_first_six_colours_apart(eye):
     v = lab(np.clip(linear @ np.array(MACHADO[eye]).T, 0, 1))
     d = np.linalg.norm(v[:, None] - v[None], axis=-1) + 1e3 * np.eye(6)
     assert d.min() > 12          # 2.3 is just noticeable
+
+
+# real models on both grids: what was measured is what is drawn
+
+@pytest.fixture(scope="module", params=[("test_resnet", 224), ("test_vit", 224)], ids=["7x7", "14x14"])
+def world(request, data, tmp_path_factory):
+    name, side = request.param
+    with pytest.warns(UserWarning, match="RANDOM"): b = backbones.create(name, "random", img_size=side)
+    t = datasets.eval_transform(b.size, b.mean, b.std, "squash")
+    tokens = extract(b, data.train, t, cache=tmp_path_factory.mktemp("store"), quiet=True)
+    book = Codebook(tokens.read([0, 4, 8]).flatten(0, 1)[:: len(tokens.read([0])[0]) // 4][:12])
+    head = NonNegLinear.of(torch.rand(3, 12, generator=torch.Generator().manual_seed(1)) * (torch.randn(3, 12, generator=torch.Generator().manual_seed(2)) > -.5))
+    model = ProtoQuant(b, book, head, .1, data.class_names, t, index=nearest_patches(book, tokens, 5))
+    assert model.grid == ((7, 7) if name == "test_resnet" else (14, 14))
+    return model, data, tokens
+
+
+def widths(ax): return [b.get_width() for b in ax.patches]
+
+
+def test_match_grid(world):
+    model, data, _ = world
+    ex = model.explain((data.test, 1), n=3, min_contribution=0, train=data.train)
+    fig = P.match_grid(ex, (data.test, 1), data.train, n=2, n_patches=3)
+    assert len(fig.axes) == 2 * 4
+    for i in range(2):
+        first, *near = fig.axes[4 * i:4 * i + 4]
+        close(boxes(first)[0], ex.box_full[i], eps=1e-6); assert f"adds {ex.contribution[i]:.2f}" in first.get_xlabel()
+        for ax, p in zip(near, ex.patches[i]): close(boxes(ax)[0], p.box_full, eps=1e-6)
+    with pytest.raises(DataError, match="no training patches"): P.match_grid(model.explain((data.test, 1)), (data.test, 1), data.train)
+    with pytest.raises(ConfigError, match="nothing to draw"): P.match_grid(model.explain((data.test, 1), n=0, train=data.train), (data.test, 1), data.train)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_difference_bars_end_at_the_difference(world, n):
+    model, data, _ = world
+    for d in (model.why_not((data.test, 1), 1, 0, n=n, min_difference=0), model.compare((data.test, 0), (data.test, 2), n=n, min_difference=0)):
+        ax = P.difference_bars(plt.subplots()[1], d)
+        w = widths(ax)
+        close(w, [*d.difference, d.rest_for, d.rest_against]); close(sum(w), d.logit_difference, eps=1e-9)
+        close([b.get_x() for b in ax.patches], np.concatenate([[0], np.cumsum(w)[:-1]]))
+        assert [bool(b.get_hatch()) for b in ax.patches] == [v < 0 for v in w]                  # direction can be read without colour
+        assert [t.get_text() for t in ax.texts] == [P.signed(v) for v in w] and len(ax.get_yticklabels()) == n + 2
+
+
+def test_difference_figures(world):
+    model, data, tokens = world
+    s = presence_of(tokens, model.book, .1)
+    d = model.why_not((data.test, 1), 1, 0, n=2, min_difference=0, train=data.train, n_patches=3, presence=s, labels=tokens.labels)
+    fig = P.difference_figure(d, (data.test, 1), train=data.train, n_patches=3)
+    assert len(fig.axes) == 2 + 1 + 2 * 4 and "why Toybird 01" in texts(fig) and "not Toybird 02" in texts(fig) and "what is missing for Toybird 02" in texts(fig)
+    close(boxes(fig.axes[0]), d.a.box_full, eps=1e-6); close(sum(widths(fig.axes[1])), d.logit_difference, eps=1e-9)
+    for i in range(2):
+        heat, *near = fig.axes[3 + 4 * i:7 + 4 * i]
+        close(boxes(heat)[0], d.a.box_full[i], eps=1e-6)
+        for ax, p in zip(near, d.a.patches[i]): close(boxes(ax)[0], p.box_full, eps=1e-6)
+    c = model.compare((data.test, 0), (data.test, 1), n=2, min_difference=0)
+    fig = P.difference_figure(c, (data.test, 0), data.test.full_image(1))
+    assert len(fig.axes) == 3 + 2 * 2
+    for ax, e in zip(fig.axes, (c.a, c.b)): close(boxes(ax), e.box_full, eps=1e-6)
+    for i in range(2):
+        for ax, e in zip(fig.axes[3 + 2 * i:5 + 2 * i], (c.a, c.b)): close(boxes(ax)[0], e.box_full[i], eps=1e-6)
+    assert len(P.difference_figure(model.why_not((data.test, 1), 1, 0, n=0, min_difference=0), (data.test, 1)).axes) == 2
+    with pytest.raises(ConfigError, match="image_b="): P.difference_figure(c, (data.test, 0))
+
+
+def test_shortfall_bars(world):
+    model, data, tokens = world
+    m = model.why_not((data.test, 1), 1, 0, presence=presence_of(tokens, model.book, .1), labels=tokens.labels).missing
+    ax = P.shortfall_bars(plt.subplots()[1], m)
+    n = len(m)
+    close(np.subtract(widths(ax)[:n], widths(ax)[n:2 * n]), m.shortfall, eps=1e-9)
+    m.codes = m.codes[:0]; m.weight = m.presence = m.mean_presence = m.shortfall = np.zeros(0)
+    assert not P.shortfall_bars(plt.subplots()[1], m).patches
+
+
+def test_code_sheet(world):
+    model, data, tokens = world
+    m = int((model.weight > .01).sum(0).argmax())
+    co = model.explain_code(m, data.train, tokens, n=3, n_classes=2)
+    fig = P.code_sheet(co, data.train)
+    assert f"code {m}: 2 of the {co.n_users} classes that use it" in texts(fig) and len(fig.axes) == 4
+    for ax, ps, (_, name, w) in zip(fig.axes[::2], co.patches, co.classes):
+        close(boxes(ax)[0], ps[0].box_full, eps=1e-6); assert f"{P.short(name)}: weight {w:.2f}\nsimilarity {ps[0].similarity:.2f}" == ax.get_title(loc="left")
+    co.patches[1] = []
+    assert "none of its images" in texts(P.code_sheet(co, data.train, columns=1))
+    with pytest.raises(DataError, match="explain_code"): P.code_sheet(model.explain_code(m), data.train)
+    co.classes, co.patches = [], []
+    with pytest.raises(ConfigError, match="no class uses"): P.code_sheet(co, data.train)
+
+
+def test_method_figure(world):
+    model, data, _ = world
+    fig = P.method_figure(model, (data.test, 1), data.train, n=3, n_classes=3)
+    logits = model(model.transform(data.test.image(1))[None])[0].detach().numpy()
+    piles = [ax for ax in fig.axes if ax.get_ylabel().startswith("sums")]
+    heights = {}
+    for b in piles[0].patches: heights[round(b.get_x(), 3)] = heights.get(round(b.get_x(), 3), 0) + b.get_height()
+    close(list(heights.values()), sorted(logits, reverse=True), eps=1e-4)                       # piles are the logits
+    d = model.why_not((data.test, 1), int(logits.argsort()[-2]), n=3, min_difference=0)
+    assert all(f"{s:.2f}" in texts(fig) for s in d.a.presence) and f"{model.grid[0]}×{model.grid[1]}" in texts(fig)
+    for c in logits.argsort()[::-1]:
+        for m in d.codes: assert (f"{model.weight[c, m].item():.2f}" if model.weight[c, m] > 0 else "0") in texts(fig)
+    model_ = ProtoQuant(model.backbone, model.book, model.classifier, .1, data.class_names, model.transform)
+    with pytest.raises(DataError, match="no patch index"): P.method_figure(model_, (data.test, 1), data.train)
+
+
+def test_components_keep_distances():
+    z = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    v = P.components(z, 2)
+    assert v.shape == (9, 2) and v.min() == 0 and v.max() == 1
+    c = (z - z.mean(0)).double()
+    first = (c @ torch.linalg.svd(c).Vh[0]).numpy()
+    assert abs(np.corrcoef(first, v[:, 0])[0, 1]) > 1 - 1e-9
+    assert not P.components(torch.ones(4, 3), 2).any()
+
+
+def test_training_figure():
+    g = torch.Generator().manual_seed(0)
+    z, a, b = (torch.randn(n, 5, generator=g) for n in (40, 6, 6))
+    fig = P.training_figure(z, a, b, [3, 2, 1.5], {"start": W + 1, "end": W, "cut": W * (W > 1)})
+    t = texts(fig)
+    assert f"start\n18 weights, 6 codes" in t and f"end\n{int((W > 0).sum())} weights, {int((W.max(0).values > 0).sum())} codes" in t and "cut\n2 weights, 2 codes" in t
+    assert [l.get_ydata().tolist() for ax in fig.axes for l in ax.lines if ax.get_xlabel() == "pass"] == [[3, 2, 1.5]] and "6 codes move" in t
+    with pytest.raises(ConfigError, match="are needed"): P.training_figure(z, a[:5], b, [1], {"W": W})
+    with pytest.raises(ConfigError, match="a column for each"): P.training_figure(z, a, b, [1], {"W": W[:, :4]})
+
+
+def test_overlap_matrix():
+    ax = P.overlap_matrix(plt.subplots()[1], W, ["a", "b", "c"])
+    n = E.overlap(W).to_numpy()
+    assert [int(t.get_text()) for t in ax.texts] == n.ravel().tolist()
+    off = n[~np.eye(3, dtype=bool)]
+    assert f"{off.mean():.1f} on average" in ax.get_title(loc="left") and ax.images[0].get_array().mask.diagonal().all()
+    assert "one class" in P.overlap_matrix(plt.subplots()[1], W[:1]).get_title(loc="left")
+    assert not P.overlap_matrix(plt.subplots()[1], torch.rand(40, 6)).texts                      # many classes: no numbers, no names
