@@ -8,7 +8,7 @@ __all__ = ['AGAIN', 'CARS', 'CARS_FROM', 'DOGS', 'FLOWERS', 'PROTOCOLS', 'GROUND
            'imagenet_classes', 'find_classes', 'read_imagenet', 'subset_logits', 'own_head', 'Piece', 'fetch_set']
 
 # %% ../nbs/02a_readers.ipynb #02a-read-002
-import functools, os, re, tarfile
+import functools, os, re, shutil, tarfile
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -250,6 +250,9 @@ def read_flowers(
         raise ConfigError(f"fold={fold!r} of folds={folds!r}: at least two folds, and one of 0..folds-1.")
     folder = Path(folder)
     numbers, classes = _flower_splits(folder, protocol, fold, folds)
+    there, test = _scan(folder/"jpg"), [f"image_{i:05d}.jpg" for i in numbers["test"]]
+    if protocol in ("official", "trainval") and there and not there.keys() & set(test):
+        raise DataError(f"{folder/'jpg'} has none of the {len(test)} images of the official test split, which protocol={protocol!r} needs. Add them, or use 'paper' or 'crossval', which do without.")
     names = dict(enumerate(import_torchvision().datasets.Flowers102.classes, 1))
     splits = {s: Listed(folder/"setid.mat", folder/"jpg", [f"image_{i:05d}.jpg" for i in ids], [classes[i - 1] for i in ids]) for s, ids in numbers.items()}
     return _from_lists("flowers", ImageSet, splits, names, crop, folder)
@@ -500,6 +503,6 @@ def fetch_set(
             except (requests.RequestException, ValueError, OSError, tarfile.TarError) as e:
                 raise DataError(f"{name}: nothing in {folder}, and the download from {p.url} failed ({type(e).__name__}: {e}). What has arrived is kept; run again to go on. "
                                 f"Or give the folder as data_root or in PROTOQUANT_DATA, or run the embedded set: {EMBEDDED}") from e
-        for f in work.glob(".*"): f.unlink()
+        for f in work.glob(".*"): shutil.rmtree(f) if f.is_dir() else f.unlink()   # left by interruptions
         os.replace(work, folder)
     return folder
