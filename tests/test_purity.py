@@ -481,6 +481,21 @@ def test_results_that_cannot_be():
     assert quiet.train_all is None and quiet.metrics()["purity_all_train"] is None and quiet.metrics()["prototypes_all_test"] == 0
 
 
+# -- the benchmark's piece
+
+def test_bench_measures_all_prototypes(toys, net, pq, tmp_path):
+    import importlib.util
+    from pathlib import Path
+    spec = importlib.util.spec_from_file_location("bench_purity", Path(__file__).resolve().parent.parent/"tools"/"bench_purity.py")
+    bench = importlib.util.module_from_spec(spec); spec.loader.exec_module(bench)
+    tokens = features.extract(net, toys.test, pq.transform, cache=tmp_path, quiet=True)
+    model = bench.random_model(net, tokens, 7, 3, pq.transform)
+    flat = tokens.read(slice(None)).flatten(0, 1)
+    assert all((flat == c).all(1).any() for c in model.book.codes)                     # its codes are tokens
+    r, wall, cpu = bench.measure(model, tokens, toys.test)
+    assert 1 <= len(r) <= 7 and wall > 0 and cpu > 0 and r.table.purity.between(0, 1).all()
+
+
 # -- pictures
 
 def test_figures_show_what_was_counted():
