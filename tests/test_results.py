@@ -103,8 +103,10 @@ def test_key_counts_what_matters_and_not_where_it_lies():
 
 def test_scale():
     assert R.run_scale("toybirds", dict(train=5994, test=5794)) == "smoke"
-    assert R.run_scale("cub", dict(train=5994, test=5794)) == "paper" == R.run_scale("cub", dict(train=5394, val=600, test=5794))
-    assert R.run_scale("cub", N) == "small" == R.run_scale("imagefolder", N)
+    every, b = dict(train=5994, test=5794), "convnext_tiny.fb_in1k"
+    assert R.run_scale("cub", every, b) == "paper" == R.run_scale("cub", dict(train=5394, val=600, test=5794), b, 224)
+    assert R.run_scale("cub", N, b) == "small" == R.run_scale("imagefolder", N, b)
+    for other in ((None,), ("tf_efficientnet_lite0",), (b, 64)): assert R.run_scale("cub", every, *other) == "small"   # all images, but not as in the paper
 
 
 # -- records
