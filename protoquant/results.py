@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'PLACES', 'FULL', 'PAPER_BACKBONES', 'KEYS', 'check_parameters', 'take_parameters', 'run_key', 'clone_root',
            'git_state', 'environment', 'run_scale', 'public_parameters', 'results_dir', 'Run', 'load_runs', 'summarise',
-           'show_number', 'show_summary', 'run_table', 'paper_values', 'compare', 'show_comparison', 'markdown_table']
+           'show_number', 'show_summary', 'metric_table', 'run_table', 'paper_values', 'compare', 'show_comparison',
+           'markdown_table']
 
 # %% ../nbs/14_results.ipynb #14-resul-002
 import ast, contextlib, datetime, os, platform, re, socket, subprocess, time, warnings
@@ -415,10 +416,25 @@ def show_summary(
     return out
 
 # %% ../nbs/14_results.ipynb #14-resul-056
+def metric_table(
+    record: dict,      # content of run.json
+) -> pd.DataFrame:     # columns: metric, and 'all codes' and 'K codes a class' where both models were measured
+    "All numbers of a run that measures models: purity, misalignment, FunnyBirds."
+    m, k = record.get("metrics", {}), record.get("parameters", {}).get("topk", "K")
+    ends = {"_full": "all codes", "_topk": f"{k} codes a class"}
+    rows = {}
+    for name, v in m.items():
+        end = next((e for e in ends if name.endswith(e)), None)
+        rows.setdefault(name.removesuffix(end) if end else name, {})[ends.get(end, "value")] = show_number(v, digits=3)
+    cols = [c for c in (*ends.values(), "value") if any(c in r for r in rows.values())]
+    return pd.DataFrame([[n, *(r.get(c, "") for c in cols)] for n, r in rows.items()], columns=["metric", *cols])
+
+#| export
 def run_table(
     record: dict,      # content of run.json
 ) -> pd.DataFrame:     # columns: model, accuracy, codes, codes per class, seconds
-    "The main numbers of one run as a small table."
+    "The main numbers of one run as a small table; all numbers where it trained no model."
+    if not {"top1", "top1_linear_probe"} & set(record.get("metrics", {})): return metric_table(record)
     m, k = record.get("metrics", {}), record.get("parameters", {}).get("topk", "K")
     seconds = lambda *names: sum(m[n] for n in names if m.get(n) is not None) if any(m.get(n) is not None for n in names) else None
     rows = [("black box, its own head", m.get("top1_blackbox"), None, None, seconds("seconds_features")),
@@ -430,7 +446,7 @@ def run_table(
     cols = ["model", "accuracy (%)", "codes", "codes per class", "seconds"]
     return pd.DataFrame([[r[0], show_number(r[1]), show_number(r[2], digits=0), show_number(r[3]), show_number(r[4])] for r in rows], columns=cols)
 
-# %% ../nbs/14_results.ipynb #14-resul-059
+# %% ../nbs/14_results.ipynb #14-resul-061
 def paper_values(
     table=None,     # number of the table, or 'text_appB_fig8'; all by default
 ) -> pd.DataFrame:  # columns: table, row_method, backbone, dataset, metric, value, std
@@ -438,7 +454,7 @@ def paper_values(
     with resources.files("protoquant").joinpath("paper_values.csv").open() as f: df = pd.read_csv(f, dtype={"table": str})
     return df if table is None else df[df.table == str(table)].reset_index(drop=True)
 
-# %% ../nbs/14_results.ipynb #14-resul-062
+# %% ../nbs/14_results.ipynb #14-resul-064
 KEYS = ["table", "row_method", "backbone", "dataset", "metric"]
 
 def compare(
@@ -465,7 +481,7 @@ def _status(r):
     if pd.isna(r.paper): return "not in the paper"
     return {"paper": "measured", "small": "part of the data: an indication", "smoke": "toy images: not comparable"}.get(r.scale, str(r.scale))
 
-# %% ../nbs/14_results.ipynb #14-resul-066
+# %% ../nbs/14_results.ipynb #14-resul-068
 def show_comparison(
     table: pd.DataFrame,  # from `compare`
     digits: int = 1,
