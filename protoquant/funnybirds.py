@@ -10,24 +10,26 @@ __all__ = ['PARTS', 'FULL', 'THRESHOLDS', 'COLOUR_LIST', 'ROLES', 'WAYS', 'LABEL
            'spearman', 'single_deletion', 'contrast_pairs', 'target_sensitivity', 'aggregate', 'check_images',
            'intervened', 'interventions_fingerprint', 'picture_key', 'Measurements', 'attribution_maps', 'Reading',
            'measure_all', 'measure', 'Result', 'protocols', 'effect_bars', 'part_figure', 'threshold_curves',
-           'funnybirds_plot']
+           'funnybirds_plot', 'input_x_gradient']
 
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-002
 import itertools, time
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from matplotlib.patches import Wedge
 from PIL import Image
 from torch import Tensor
 
 from . import toybirds
 from .adapters import Activations, AttributionModel, ProtoQuantModel, as_model, check_activations, class_prototypes, device_of, input_transform
-from .core import ConfigError, DataError, hash_bytes, hash_json, progress
+from .core import ConfigError, DataError, atomic_path, hash_bytes, hash_json, progress, read_json, write_json
 from .datasets import ImageSet
 from .plots import COLOURS, GREY, INK, show_image, styled
 
@@ -329,7 +331,7 @@ def check_images(
     if not hasattr(images, "missing_interventions"): raise ConfigError(f"{images.name} has no interventions; FunnyBirds' protocols run on 'funnybirds' and 'toybirds'.")
     if images.crop != "none": raise ConfigError(f"crop={images.crop!r}: these protocols take away parts of whole images; load with crop='none'.")
     variants(images.class_parts)
-    rows = np.arange(len(images))[slice(None) if rows is None else np.asarray(rows)]
+    rows = np.arange(len(images)) if rows is None else np.arange(len(images))[np.asarray(rows, dtype=None if len(rows) else int)]
     if not len(rows): raise ConfigError("no image to measure.")
     there = np.zeros(len(rows), bool)
     taken = {}
@@ -529,7 +531,7 @@ def _test_images(ms, models, how, own, pictures, transform, pairs, batch, quiet)
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-077
 def _changed_images(ms, models, pictures, transform, batch, quiet):
     "The second pass."
-    m, rows, wait, places = ms[0], torch.nonzero(ms[0].measured)[:, 0], [], []
+    m, rows, wait, places = ms[0], np.flatnonzero(ms[0].measured.numpy()), [], []
     def flush():
         if wait: pictures.keep(_run(models, torch.stack(wait).to(device_of(models[0]))), slice(None))
         for x in ms: x.passes += len(wait)
@@ -590,7 +592,7 @@ LABELS = dict(accuracy="Accuracy", bi="Background independence", csdc="Controlle
 @dataclass
 class Result:
     "Scores of one model on FunnyBirds' protocols."
-    scores: dict            # name -> value in 0..1, tau too
+    scores: dict            # name -> value in 0..1 (nan where it could not be measured), tau too
     summary: pd.DataFrame   # protocol, score, how many images (and objects, points) are behind it
     curves: pd.DataFrame    # threshold, csdc, pc, dc, d
     images: pd.DataFrame    # one row an image
@@ -606,7 +608,7 @@ class Result:
         "Which protocols ran on which images."
         n = dict(zip(self.summary.protocol, self.summary.images))
         return (f"accuracy on {n['accuracy']} images, CSDC on the {n['csdc']} of them that are classified correctly, all other protocols on {int(self.images.measured.sum())} images with interventions "
-                f"(SD ranks {n['sd']}, TS {n['ts']} of these)")
+                f"(of which {n['d']} count in D, {n['sd']} in SD, {n['ts']} in TS)")
 
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-082
 def _tables(m, way, drop):
@@ -720,6 +722,26 @@ def part_figure(
     return fig
 
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-103
+@patch
+def save(self: Result,
+    folder,      # made where it is missing
+) -> Path:
+    "Write scores.json, summary.csv, curves.csv, images.csv and parts.csv."
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    for name in ("summary", "curves", "images", "parts"):
+        with atomic_path(folder/f"{name}.csv") as p: getattr(self, name).to_csv(p, index=False)
+    write_json(folder/"scores.json", dict(way=self.way, scores={k: v if np.isfinite(v) else None for k, v in self.scores.items()}))
+    return folder
+
+@patch(cls_method=True)
+def load(cls: Result, folder) -> Result:
+    "Read what `save` wrote."
+    folder, r = Path(folder), read_json(Path(folder)/"scores.json")
+    tables = {n: pd.read_csv(folder/f"{n}.csv", float_precision="round_trip", dtype=dict(label=str, predicted=str, class_a=str, class_b=str, image=str)) for n in ("summary", "curves", "images", "parts")}
+    tables["summary"] = tables["summary"].assign(images=["" if pd.isna(v) else int(v) for v in tables["summary"].images]).fillna(dict(dimension="", of=""))
+    return cls({k: float("nan") if v is None else v for k, v in r["scores"].items()}, way=r["way"], **tables)
+
+# %% ../nbs/13d_funnybirds.ipynb #13d-funn-106
 @styled
 def threshold_curves(
     result: Result,
@@ -734,7 +756,7 @@ def threshold_curves(
     ax.legend(loc="center left", bbox_to_anchor=(1, .5))
     return ax
 
-# %% ../nbs/13d_funnybirds.ipynb #13d-funn-106
+# %% ../nbs/13d_funnybirds.ipynb #13d-funn-109
 SECTORS = dict(csdc=("completeness", 1/18), pc=("completeness", 1/18), dc=("completeness", 1/18), d=("completeness", 1/6), sd=("correctness", 1/3), ts=("contrastivity", 1/3))
 DIMENSIONS = dict(completeness=COLOURS[1], correctness=COLOURS[2], contrastivity=COLOURS[4])
 
@@ -758,7 +780,7 @@ def _centre(ax, scores):
     for x, (k, c) in zip((-.93, 0, .93), DIMENSIONS.items()):
         ax.text(x, -.06, f"{k}\n{_shown(scores[k])}", ha="center", va="top", fontsize=8, color=c, fontweight="bold", linespacing=1.1)
 
-# %% ../nbs/13d_funnybirds.ipynb #13d-funn-107
+# %% ../nbs/13d_funnybirds.ipynb #13d-funn-110
 def _model_bars(ax, scores):
     "Accuracy and background independence."
     for y, k, name in ((-.48, "accuracy", "accuracy"), (-.64, "bi", "background ind.")):
@@ -784,3 +806,15 @@ def funnybirds_plot(
         ax.set(xlim=(-1.5, 1.5), ylim=(-.72, 1.2), aspect="equal")
         ax.set_title(name, loc="center", fontweight="bold")
     return fig
+
+# %% ../nbs/13d_funnybirds.ipynb #13d-funn-118
+def input_x_gradient(
+    logits,            # x (B, 3, h, w) -> (B, k), differentiable
+):                     # attribution(x, targets) -> (B, h, w)
+    "The attribution method Input x Gradient, for an `AttributionModel` whose grid is its input."
+    def attribution(x, targets):
+        with torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
+            grad, = torch.autograd.grad(logits(x).gather(1, targets[:, None]).sum(), x)
+        return (grad * x.detach()).sum(1)
+    return attribution
