@@ -811,7 +811,7 @@ def _piles(ax, model, seen, d, order):
     ax.bar(range(len(order)), parts.sum(1) - below, bottom=below, width=.6, color=GREY)
     for j, v in enumerate(parts.sum(1)): ax.text(j, v, f"{v:.1f}", ha="center", va="bottom", fontsize=8, color=INK, fontweight="bold" if j == 0 else "normal")
     ax.set(xlim=(-.5, len(order) - .5), ylim=(0, max(parts.sum(1).max() * 1.25, 1e-6)), yticks=[])
-    ax.set_xticks(range(len(order)), [textwrap.fill(short(model.class_names[c], 24), 9) for c in order], fontsize=6.5, linespacing=1); ax.tick_params(axis="x", length=0, pad=2)
+    ax.set_xticks(range(len(order)), [textwrap.fill(short(model.class_names[c], 24), 8) for c in order], fontsize=6.5, linespacing=1); ax.tick_params(axis="x", length=0, pad=2)
     ax.spines["left"].set_visible(False)
     ax.set_ylabel("sums of\ncolumns", fontsize=7, labelpad=4, rotation=0, ha="right", va="center")
     ax.text(-.7, -.45, "grey: other codes", fontsize=7, ha="right", color=INK, transform=ax.get_xaxis_transform())

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from . import datasets, explain
+from . import datasets
 from .core import ConfigError, DataError, atomic_path, generator, progress, read_json
 from .datasets import DataSet, ImageSet
-from .explain import check_index, patches_of, sharing
+from .explain import check_index
 from .model import ProtoQuant
 from .plots import COLOURS, GREY, colour, crop_of, ink_on, overlay, reduced, short, signed
 from .results import run_table
