@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'EXAMPLES', 'find_nbs', 'experiments', 'find_experiment', 'parameters', 'read_value', 'read_parameters',
-           'execute', 'run', 'find_run', 'require', 'results', 'datasets', 'parser', 'main']
+           'execute', 'run', 'find_run', 'require', 'results', 'datasets', 'report', 'parser', 'main']
 
 # %% ../nbs/15_cli.ipynb #15-cli-002
 import argparse, ast, contextlib, json, os, shutil, sys, tempfile, time
@@ -272,12 +272,21 @@ def datasets(args) -> int:
     return 0
 
 # %% ../nbs/15_cli.ipynb #15-cli-033
+def report(args) -> int:
+    "`protoquant report`; returns the exit status."
+    from protoquant.report import report as write
+    _say(_near(write(args.run, args.out, n_images=args.images, n_classes=args.classes, max_mb=args.max_mb, data_root=args.data_root, quiet=args.quiet)))
+    return 0
+
+# %% ../nbs/15_cli.ipynb #15-cli-035
 EXAMPLES = """examples:
   protoquant run cub                                     the defaults of nbs/run_cub.ipynb (a smoke run on ToyBirds)
   protoquant run cub -p dataset cub -p codebook_size 2000
   protoquant run cub --list-parameters                   what can be set, with defaults
   protoquant results                                     mean and sd over seeds of all runs so far
   protoquant results --by recipe,codebook_size --format csv
+  protoquant run purity -p codebook_size 2000            measures a model (trained first where there is none)
+  protoquant report results/cub/KEY                      the run as one HTML file
   protoquant datasets                                    data sets that can be named
 
 Data are looked for in the parameter data_root, else in the folder that the environment variable PROTOQUANT_DATA names."""
@@ -292,10 +301,11 @@ def parser() -> argparse.ArgumentParser:
     sub = p.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     _run_parser(sub, raw)
     _results_parser(sub, raw)
+    _report_parser(sub, raw)
     sub.add_parser("datasets", help="list the data sets").set_defaults(do=datasets)
     return p
 
-# %% ../nbs/15_cli.ipynb #15-cli-034
+# %% ../nbs/15_cli.ipynb #15-cli-036
 def _run_parser(sub, raw):
     about = "Run nbs/run_EXPERIMENT.ipynb. A run that is already complete (same parameters, data and weights) is shown, not repeated."
     r = sub.add_parser("run", help="run an experiment", description=about, epilog=EXAMPLES, formatter_class=raw)
@@ -318,7 +328,19 @@ def _results_parser(sub, raw):
     s.add_argument("--folder", default="results", metavar="DIR", help="folder of the records (default: results, in the clone)")
     s.set_defaults(do=results)
 
-# %% ../nbs/15_cli.ipynb #15-cli-036
+# %% ../nbs/15_cli.ipynb #15-cli-037
+def _report_parser(sub, raw):
+    r = sub.add_parser("report", help="write a run as one HTML file", description="Codes, classes and a sample of explained test images of a run, in one file that needs nothing else.", epilog=EXAMPLES, formatter_class=raw)
+    r.add_argument("run", metavar="RUN", help="folder of a run with a model, e.g. results/cub/KEY")
+    r.add_argument("--out", metavar="FILE", help="where to write it (default: report.html in the run's folder)")
+    r.add_argument("--data-root", metavar="DIR", help="folder of the data; else the environment variable PROTOQUANT_DATA")
+    r.add_argument("--images", type=int, default=12, metavar="N", help="explained test images (default 12)")
+    r.add_argument("--classes", type=int, metavar="N", help="classes shown (default: all)")
+    r.add_argument("--max-mb", type=float, default=12., metavar="MB", help="size limit (default 12)")
+    r.add_argument("--quiet", action="store_true", help="no progress")
+    r.set_defaults(do=report)
+
+# %% ../nbs/15_cli.ipynb #15-cli-039
 def main(
     argv: list = None,  # words of the command line; those of this process by default
 ) -> int:               # exit status
