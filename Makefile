@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= -p dataset toybirds
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lab readme refresh clean-notebooks
+.PHONY: help setup demo test test-browser check bench lab readme refresh clean-notebooks
 
 help:             ## this list
 	@echo "make TARGET, where TARGET is one of"; sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 20
@@ -17,6 +17,10 @@ demo: setup       ## the main experiment on the embedded data set: a table, a no
 
 test: setup       ## clean, exported, tagged, README in step; all notebooks; pytest
 	@$(BIN)/python tools/check.py
+
+test-browser:     ## the widget in a real browser (also installs playwright and, as root with apt-get, chromium)
+	@$(PYTHON) tools/bootstrap.py dev demo browser
+	@$(BIN)/python tools/browser.py
 
 check: setup      ## only the checks that take seconds
 	@$(BIN)/python tools/check.py quick

@@ -25,7 +25,7 @@ from .editing import VARIANTS, Draft, Editor, replay
 from .explain import check_code, check_index, class_number, patches_of
 from .features import Tokens, extract
 from .model import ProtoQuant
-from .plots import COLOURS, GREY, INK, _patch_row, colour, crop_of, explanation_figure, overlay, picture, prototype_grid, reduced, short, styled
+from .plots import COLOURS, GREY, INK, _patch_row, colour, explanation_figure, overlay, picture, prototype_grid, reduced, short, styled
 
 # %% ../nbs/17_widgets.ipynb #17-widge-008
 def _by_code(x, name, n):
@@ -338,14 +338,17 @@ def _thumb(self: Inspector, code, side=96):
     "The nearest training patch of a code, with some of what is around it; grey where there is no patch index."
     if self.model.index is None: return Image.new("RGB", (side, side), "#dddddd")
     p, = patches_of(code, self.model.index, self.train, self.model.transform, 1)
-    return crop_of(self.train.full_image(p.row), p.box_full, side, 1.6)
+    im, b = self.train.full_image(p.row), p.box_full
+    r = min(.8 * max(b[2] - b[0], b[3] - b[1]), min(im.size) / 2)                          # half the side of a square inside the picture
+    x, y = (min(max((b[j] + b[j + 2]) / 2, r), im.size[j] - r) for j in (0, 1))
+    return im.resize((side, side), Image.Resampling.BILINEAR, (x - r, y - r, x + r, y + r))
 
 @patch
 def _label_cards(self: Inspector):
     t, by, off = self.catalogue.table, self.sort.value, self._editor.off if self._editor else {}
     for card in self.cards:
         if (c := card["code"]) is None: continue
-        card["button"].description, card["button"].button_style = f"code {c}" + (" (off)" if c in off else ""), "danger" if c in off else ""
+        card["button"].description, card["button"].button_style = f"code {c}" + (" off" if c in off else ""), "danger" if c in off else ""
         more = f"<br>{by} {t[by][c]:.3g}" if by in ("usage", "purity") else ""
         card["text"].value = f"<div style='font-size:11px;line-height:1.3'>{html.escape(short(t['class'][c], 15))} {t.weight[c]:.2f}{more}</div>"
 
