@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FULL', 'THRESHOLDS', 'COLOUR_LIST', 'ROLES', 'WAYS', 'LABELS', 'SECTORS', 'DIMENSIONS', 'bits_of',
-           'parts_of', 'colour_masks', 'dilated', 'cell_counts', 'merged', 'PartScores', 'map_scores', 'sum_scores',
-           'class_map', 'top_boxes', 'box_scores', 'relevant_objects', 'background_independence', 'sufficient_sets',
-           'variants', 'controlled_check', 'preservation', 'deletion', 'irrelevant_items', 'distractibility', 'ranks',
-           'spearman', 'single_deletion', 'contrast_pairs', 'target_sensitivity', 'aggregate', 'check_images',
-           'intervened', 'interventions_fingerprint', 'picture_key', 'Measurements', 'attribution_maps', 'Reading',
-           'measure_all', 'measure', 'Result', 'protocols', 'effect_bars', 'part_figure', 'threshold_curves',
-           'funnybirds_plot', 'input_x_gradient']
+           'parts_of', 'colour_masks', 'check_dilation', 'dilated', 'cell_counts', 'merged', 'PartScores', 'map_scores',
+           'sum_scores', 'class_map', 'top_boxes', 'box_scores', 'relevant_objects', 'background_independence',
+           'sufficient_sets', 'variants', 'controlled_check', 'preservation', 'deletion', 'irrelevant_items',
+           'distractibility', 'ranks', 'spearman', 'single_deletion', 'contrast_pairs', 'target_sensitivity',
+           'aggregate', 'check_images', 'intervened', 'interventions_fingerprint', 'picture_key', 'Measurements',
+           'attribution_maps', 'Reading', 'measure_all', 'measure', 'Result', 'protocols', 'effect_bars', 'part_figure',
+           'threshold_curves', 'funnybirds_plot', 'input_x_gradient']
 
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-002
 import itertools, time
@@ -63,12 +63,16 @@ def colour_masks(
     masks = np.stack([a == r*65536 + g*256 + b for _, (r, g, b) in colours])
     return torch.from_numpy(masks), torch.tensor([j for j, _ in colours])
 
+def check_dilation(size: int):
+    "Raise `ConfigError` for a side that has no middle."
+    if size < 1 or size % 2 == 0: raise ConfigError(f"dilation={size}: an odd number of pixels is needed; 1 leaves the masks as they are.")
+
 def dilated(
     masks: Tensor,      # (I, h, w) bool
     size: int = 5,      # pixels; 1 leaves them as they are
 ) -> Tensor:            # (I, h, w) bool
     "Masks grown by (size - 1) / 2 pixels on each side."
-    if size < 1 or size % 2 == 0: raise ConfigError(f"dilation={size}: an odd number of pixels is needed; 1 leaves the masks as they are.")
+    check_dilation(size)
     return F.max_pool2d(masks[None].float(), size, 1, size // 2)[0] > 0 if size > 1 else masks
 
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-013
@@ -446,6 +450,9 @@ class Reading:
 
     def __post_init__(self):
         if not self.ways or set(self.ways) - set(WAYS): raise ConfigError(f"ways={self.ways}: importance is read by {' and '.join(WAYS)}.")
+        check_dilation(self.dilation)
+        if self.prototypes < 1: raise ConfigError(f"prototypes={self.prototypes}: a class needs at least one prototype.")
+        if not 0 < self.quantile < 1 or self.short < 0: raise ConfigError(f"quantile={self.quantile}, short={self.short}: a quantile between 0 and 1, and rows that are not negative, are needed.")
 
 def _explain(model, how, maps, presence, masks, item, classes, need, own):
     "Way -> PartScores (4, items) of one image, from a prototype model."

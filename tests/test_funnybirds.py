@@ -630,6 +630,8 @@ def test_other_bad_input(birds, measured):
     with pytest.raises(ConfigError, match="no image"): FB.measure(Pooled(), birds, rows=[])
     with pytest.raises(ConfigError, match="importance is read by"): FB.Reading(ways=("box",))
     with pytest.raises(ConfigError, match="importance is read by"): FB.Reading(ways=())
+    for bad, says in ((dict(dilation=2), "odd"), (dict(prototypes=0), "at least one"), (dict(quantile=1.), "quantile=1.0"), (dict(short=-1), "short=-1")):
+        with pytest.raises(ConfigError, match=says): FB.Reading(**bad)
     with pytest.raises(ConfigError, match="'map' was not measured; there is sum, boxes"): FB.protocols(measured, "map")
     with pytest.raises(DataError, match="class 1 has no entry for eye, wing"): FB.sufficient_sets([dict.fromkeys(NAMES, 0), dict(beak=1, foot=0, tail=0)])
     with pytest.raises(ConfigError, match="no result"): FB.funnybirds_plot({})
