@@ -38,6 +38,7 @@ GREY, INK = "#BDBDBD", "#333333"
 
 def style():
     "The style of all figures, as a context: `with style(): ...`."
+    plt.draw_if_interactive()      # loads the backend; loaded by the first figure inside the context, what it sets up would be undone at the end of the context
     return plt.style.context(str(STYLE))
 
 def styled(f):

@@ -467,3 +467,12 @@ def test_overlap_matrix():
     assert f"{off.mean():.1f} on average" in ax.get_title(loc="left") and ax.images[0].get_array().mask.diagonal().all()
     assert "one class" in P.overlap_matrix(plt.subplots()[1], W[:1]).get_title(loc="left")
     assert not P.overlap_matrix(plt.subplots()[1], torch.rand(40, 6)).texts                      # many classes: no numbers, no names
+
+
+def test_the_first_figure_of_a_notebook_is_shown(monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.delenv("MPLBACKEND", raising=False)      # as in a notebook
+    cells = ["from protoquant import plots\nimport torch", "plots.code_usage(torch.tensor([3, 2, 1]));", "plots.code_usage(torch.tensor([3, 2, 1]));"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    nbclient.NotebookClient(nb, timeout=300, kernel_name="python3").execute()
+    assert [[o.output_type for o in c.outputs] for c in nb.cells] == [[], ["display_data"], ["display_data"]]
