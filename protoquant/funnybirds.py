@@ -725,7 +725,7 @@ def part_figure(
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(8.4, max(2.3, .15*few + .6)), width_ratios=[1, 1, 1.5], layout="constrained")
     show_image(a, images.image(row), 256).set_title(images.ids[row].split("/")[-1])
     show_image(b, images.part_map(row), 256).set_title("part map")
-    effect_bars(c, result, images.ids[row]).legend(loc="lower right")
+    effect_bars(c, result, images.ids[row]).legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     return fig
 
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-103
