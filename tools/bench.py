@@ -4,8 +4,10 @@
 2. Stage 2 from presence that was computed once, against the same epochs with presence computed in every step.
 3. Both stages of `grounded` from the store, against the released procedure, which runs the backbone in every epoch.
 4. Peak memory of fitting 4000 codes on 294,000 tokens of 768 channels.
+5. Purity, misalignment, FunnyBirds and editing: the files bench_*.py beside this one, each against its own limit or reference.
 """
 import argparse
+import importlib
 import json
 import os
 import re
@@ -31,7 +33,8 @@ from protoquant.head import presence_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 4 * 2**30   # bytes that fitting may take
-PARTS = ["kmeans", "stage2", "fit", "memory"]
+ROOMS = ["purity", "misalignment", "funnybirds", "editing"]   # tools/bench_<name>.py with rows()
+PARTS = ["kmeans", "stage2", "fit", "memory", *ROOMS]
 
 
 def say(text):
@@ -227,6 +230,15 @@ def choose_data(name, root):
     return name or ("cub" if root and (Path(root)/"CUB_200_2011").is_dir() else "toybirds")
 
 
+def room_rows(room, data, quick):
+    "Rows of tools/bench_<room>.py; small ones, whose numbers mean nothing, where `quick`."
+    if str(ROOT/"tools") not in sys.path: sys.path.insert(0, str(ROOT/"tools"))
+    say(room)
+    small = dict(purity=dict(m=40, n=24, repeats=1), misalignment=dict(quick=True), funnybirds=dict(images=1, backbone="test_resnet", weights="random", img_size=64),
+                 editing=dict(size=dict(classes=8, codes=40, images=60, rank=7), repeats=1))
+    return importlib.import_module(f"bench_{room}").rows(**(dict(name=data) if room == "purity" else {}), **(small[room] if quick else {}))
+
+
 def load(name, quick):
     "Backbone, data set and transform. `quick`: the first six classes."
     b = backbones.create("tf_efficientnet_lite0", "packaged")
@@ -264,6 +276,8 @@ def run(args):
         book = codes_by_kmeans(train_, sizes[0], recipe, make_space(recipe.spaces[0], train_, recipe), args.seed).book
         rows.append(compare_stage2(train_, val, book, recipe.temperatures[0], recipe, args.seed, min(20, recipe.epochs_stage2)))
     if "fit" in args.only: rows += compare_fit(b, ds, tf, sizes[0], args.seed, few, args.full)
+    for room in ROOMS:
+        if room in args.only: rows += room_rows(room, name, args.quick)
     memory = None if args.skip_memory or "memory" not in args.only else peak_memory(**(dict(m=400, n_images=600) if args.quick else {}))
     env = environment("cpu")
     env["versions"]["faiss"] = faiss
