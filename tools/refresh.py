@@ -10,6 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 FIGURES = dict(cub={"explanation.png": "toybirds_explanation.png", "prototypes_0.png": "toybirds_prototypes.png"})   # of each experiment: figure -> name in paper_figures
+FEWER = dict(misalignment=dict(n_images=100, n_images_pgd=8),      # where ToyBirds at the defaults would take an hour
+             blackbox=dict(classes=8, n_train_per_class=12, n_test_per_class=6, epochs=8, warmup=2, mixup=0, cutmix=0, img_size=128))
 RECORDS = dict(cub="toybirds_run.json")                     # records that the README's pictures come from
 
 
@@ -29,6 +31,7 @@ def refresh(name, results, nbs):
     "Run one experiment on ToyBirds, take over its outputs, pictures and record; returns the exit status."
     out = results/f"{name}.ipynb"
     command = [str(BIN/"protoquant"), "run", name, "-p", "dataset", "toybirds", "-p", "output_dir", str(results), "--output", str(out)]
+    command += [w for k, v in FEWER.get(name, {}).items() for w in ("-p", k, str(v))]
     if status := subprocess.run(command, cwd=ROOT).returncode:
         return status
     keep_outputs(nbs/f"run_{name}.ipynb", out)
