@@ -10,7 +10,8 @@ __all__ = ['SORTS', 'MAX_BYTES', 'MAX_PIXELS', 'LONGEST', 'Catalogue', 'read_upl
 import contextlib, html, io, warnings
 from functools import partial
 
-import ipywidgets as W
+try: import ipywidgets as W
+except ImportError: W = None     # the static views work without it
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -226,6 +227,7 @@ class Inspector:
         usage=None, purity=None, # as for `Catalogue`
         per_page: int = 12,      # codes
     ):
+        if W is None: raise ConfigError("the widget needs the package ipywidgets: pip install ipywidgets. The static views (code_figure, edit_figure) work without it.")
         self.model, self.dataset, self._tokens, self.per_page = model, dataset, tokens, per_page
         self.train, self.test = training_images(model.index, dataset.train), dataset.test
         self.catalogue = Catalogue(model, usage, purity)

@@ -269,3 +269,10 @@ def test_figures_draw(world):
 def test_display_has_text_for_pages_without_a_kernel(view):
     d = view._repr_mimebundle_()
     assert d["text/plain"].startswith("Inspector(ProtoQuant") and any("widget-view" in k for k in d)
+
+
+def test_without_ipywidgets_the_static_views_work_and_the_widget_says_what_to_install(world, monkeypatch):
+    model, data, test, _ = world
+    monkeypatch.setattr(W, "W", None)
+    assert W.code_figure(model, 0, data.train) and W.edit_figure(Editor(model, test))
+    with pytest.raises(ConfigError, match="pip install ipywidgets"): W.inspect(model, data, test)
