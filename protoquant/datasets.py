@@ -243,7 +243,7 @@ class ToyBirdSet(ImageSet):
     def bbox(self, i: int): return tuple(self._notes(i)["bbox"])
     def parts(self, i: int): return [Part(k, x, y, bool(v)) for k, (x, y, v) in self._notes(i)["parts"].items()]
     def bad_images(self, **kw) -> dict: return {}        # nothing is decoded
-    def _rows(self): return [TOYBIRDS_VERSION, [(s.id, s.label, s.scene.seed, s.scene.index) for s in self.samples]]
+    def _rows(self): return [TOYBIRDS_VERSION, [(s.id, s.label, s.scene.to_dict()) for s in self.samples]]
     @property
     def stamp(self): return hash_json([self.fingerprint, *(hash_bytes(self.full_image(i).tobytes()) for i in range(min(2, len(self))))])
 

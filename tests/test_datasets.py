@@ -658,3 +658,13 @@ def test_real_funnybirds(real_root):
         assert [q.name for q in p] == ["beak", "eye", "foot", "tail", "wing"] and sum(q.visible for q in p) >= 3
         m = np.asarray(ds.test.part_map(i))
         assert m.shape == (256, 256, 3) and tuple(m[0, 0]) in {(0, 0, 0)} | {(204, 204, 204 + k) for k in range(50)}
+
+
+def test_toybirds_with_another_scene_have_another_fingerprint():
+    import copy
+    a = D.load("toybirds", classes=3, n_train_per_class=1, n_test_per_class=2).test
+    b = a.subset(range(len(a)))
+    assert a.fingerprint == b.fingerprint and a.stamp == b.stamp
+    b.samples = copy.deepcopy(b.samples)
+    b.samples[-1].scene.objects = []                          # same id, seed and index; another picture
+    assert a.fingerprint != b.fingerprint and a.stamp != b.stamp
