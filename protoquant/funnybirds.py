@@ -73,7 +73,13 @@ def dilated(
 ) -> Tensor:            # (I, h, w) bool
     "Masks grown by (size - 1) / 2 pixels on each side."
     check_dilation(size)
-    return F.max_pool2d(masks[None].float(), size, 1, size // 2)[0] > 0 if size > 1 else masks
+    for axis in (1, 2):                    # a square is a row of columns
+        out, n = masks.clone(), masks.shape[axis]
+        for d in range(1, min(size // 2, n - 1) + 1):
+            out.narrow(axis, d, n - d).logical_or_(masks.narrow(axis, 0, n - d))
+            out.narrow(axis, 0, n - d).logical_or_(masks.narrow(axis, d, n - d))
+        masks = out
+    return masks
 
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-013
 def cell_counts(
@@ -162,12 +168,13 @@ def box_scores(
     item: Tensor,       # (I,)
 ) -> PartScores:        # (items,)
     "Importance from the boxes of a class's prototypes (PROTOCOLS F.3, ProtoPNet's version)."
-    area = masks.flatten(1).sum(1).double()
-    inside, union = torch.zeros(len(masks), dtype=torch.float64), torch.zeros(masks.shape[1:], dtype=torch.bool)
+    if not len(boxes): return PartScores(nothing := torch.zeros(int(item.max()) + 1, dtype=torch.float64), nothing, nothing + 1)
+    total, union, every = torch.zeros(3, *masks.shape[1:], dtype=torch.float64)
     for (y0, y1, x0, x1), s in zip(boxes.tolist(), strength.double()):
-        inside += s * masks[:, y0:y1, x0:x1].flatten(1).sum(1)
-        union[y0:y1, x0:x1] = True
-    covered = (masks & union).flatten(1).sum(1) / area.clamp(min=1)
+        total[y0:y1, x0:x1] += s
+        union[y0:y1, x0:x1] = 1
+    inside, covered, area = (masks.flatten(1).double() @ torch.stack([total, union, every + 1]).flatten(1).T).T   # pixels of each mask, weighted
+    covered = covered / area.clamp(min=1)
     share = torch.zeros(int(item.max()) + 1, dtype=torch.float64).scatter_reduce(0, item, covered, "amax")   # the better covered twin
     return PartScores(merged(inside, item), share, torch.ones_like(share))
 
@@ -342,11 +349,12 @@ def check_images(
     for j, i in enumerate(rows if interventions else []):
         gone, c = images.missing_interventions(int(i)), images.labels[i]
         if gone is None or (per_class is not None and taken.get(c, 0) >= per_class): continue
-        if gone: raise DataError(f"{images.name}/{images.split}/{images.ids[i]}: {len(gone)} of its {32 + images.n_objects(int(i))} interventions are missing, first: {gone[0]}. Extract the archive again, or remove "
-                                 "this image's folder from test_interventions; it is then left out and counted.")
+        if gone: raise DataError(f"{images.name}/{images.split}/{images.ids[i]}: {len(gone)} of its {32 + images.n_objects(int(i))} interventions are missing, first: {gone[0]}. "
+                                 "Extract the archive again, or remove this image's folder from test_interventions; it is then left out and counted.")
         there[j], taken[c] = True, taken.get(c, 0) + 1
-    if interventions and not there.any(): raise DataError(f"{images.name}/{images.split}: none of {len(rows)} images has interventions (<split>_interventions/<class>/<number>/body_*.png). "
-                                                          "Pass interventions=False to measure accuracy and CSDC alone.")
+    if interventions and not there.any():
+        raise DataError(f"{images.name}/{images.split}: none of {len(rows)} images has interventions (<split>_interventions/<class>/<number>/body_*.png). "
+                        "Pass interventions=False to measure accuracy and CSDC alone.")
     return rows, there
 
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-064
@@ -434,7 +442,8 @@ def attribution_maps(
     for part in (todo[i:i + batch] for i in range(0, len(todo), batch)):
         at, target = (torch.tensor(v, device=x.device) for v in zip(*part))
         R = model.attribution(x[at], target).detach().cpu().double()
-        if R.shape != (len(part), *model.grid): raise ConfigError(f"{type(model).__name__} declares a grid of {tuple(model.grid)}, so the attribution of {len(part)} images must be {(len(part), *model.grid)}; it gave {tuple(R.shape)}.")
+        if R.shape != (len(part), *model.grid):
+            raise ConfigError(f"{type(model).__name__} declares a grid of {tuple(model.grid)}, so the attribution of {len(part)} images must be {(len(part), *model.grid)}; it gave {tuple(R.shape)}.")
         for (i, c), m in zip(part, R): out[i, (classes[i] == c) & need[i]] = m
     return out, len(todo)
 
@@ -454,16 +463,16 @@ class Reading:
         if self.prototypes < 1: raise ConfigError(f"prototypes={self.prototypes}: a class needs at least one prototype.")
         if not 0 < self.quantile < 1 or self.short < 0: raise ConfigError(f"quantile={self.quantile}, short={self.short}: a quantile between 0 and 1, and rows that are not negative, are needed.")
 
-def _explain(model, how, maps, presence, masks, item, classes, need, own):
+def _explain(model, how, maps, presence, counts, masks, item, classes, need, own):
     "Way -> PartScores (4, items) of one image, from a prototype model."
     out, strength = {}, presence * model.class_weights.detach().cpu().relu()[classes.clamp(min=0)]   # (4, M)
-    if "sum" in how.ways: out["sum"] = sum_scores(maps, strength, *_counts(how, model, masks, item))
+    if "sum" in how.ways: out["sum"] = sum_scores(maps, strength, *counts)
     if "boxes" in how.ways: out["boxes"] = _box_rows(how, maps, strength, masks, item, own[classes.clamp(min=0)] & need[:, None])
     return out
 
-def _counts(how, model, masks, item):
+def _counts(how, grid, masks, item):
     "Counts of the grown masks and of whole cells."
-    return merged(cell_counts(dilated(masks, how.dilation), model.grid), item), cell_counts(torch.ones(1, *masks.shape[1:], dtype=torch.bool), model.grid)
+    return merged(cell_counts(dilated(masks, how.dilation), grid), item), cell_counts(torch.ones(1, *masks.shape[1:], dtype=torch.bool), grid)
 
 def _box_rows(how, maps, strength, masks, item, own):
     "PartScores (4, items); each map is enlarged once, for all classes that use it."
@@ -484,7 +493,8 @@ def _blank(images, rows, there, k, ways):
 
 def _masks(images, i):
     "Masks and items of an image. Raises `DataError` where its part map is missing."
-    if (pm := images.part_map(i)) is None: raise DataError(f"{images.name}/{images.split}/{images.ids[i]} has no part map (<split>_part_map/<class>/<number>.png): the importance of a part cannot be read.")
+    if (pm := images.part_map(i)) is None:
+        raise DataError(f"{images.name}/{images.split}/{images.ids[i]} has no part map (<split>_part_map/<class>/<number>.png): the importance of a part cannot be read.")
     return colour_masks(pm, images.n_objects(i))
 
 def _ask(m, model, j, x, act, pairs, batch):
@@ -501,12 +511,14 @@ def _ask(m, model, j, x, act, pairs, batch):
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-074
 def _score(ms, models, how, own, j, x, acts, pairs, batch):
     "Importance of the images j, for every model."
-    asked = [_ask(m, model, j, x, a, pairs, batch) for m, model, a in zip(ms, models, acts)]
+    asked, sizes = [_ask(m, model, j, x, a, pairs, batch) for m, model, a in zip(ms, models, acts)], {tuple(m.grid) for m in models}
     cpu = [(a.maps.cpu(), a.presence.cpu()) if a.maps is not None else None for a in acts]
     for b, row in enumerate(j):
         masks, item = _masks(ms[0].images, int(ms[0].rows[row]))
+        counts = {g: _counts(how, g, masks, item) for g in sizes}
         for m, model, (need, R), a, o in zip(ms, models, asked, cpu, own):
-            s = dict(map=map_scores(R[b], *_counts(how, model, masks, item))) if R is not None else _explain(model, how, a[0][b], a[1][b], masks, item, m.classes[row], need[b], o)
+            g = counts[tuple(model.grid)]
+            s = dict(map=map_scores(R[b], *g)) if R is not None else _explain(model, how, a[0][b], a[1][b], g, masks, item, m.classes[row], need[b], o)
             for way, found in s.items():
                 for name in ("importance", "score", "whole"):
                     v = getattr(found, name)
@@ -573,7 +585,8 @@ def measure_all(
     t = time.time()
     names, models = list(models), [as_model(m) for m in models.values()]
     rows, there = check_images(images, rows, interventions, per_class)
-    if len({(tuple(m.size), tuple(m.mean), tuple(m.std)) for m in models}) != 1: raise ConfigError("models that are measured together must take the same input (size, mean, std); measure them one by one.")
+    if len({(tuple(m.size), tuple(m.mean), tuple(m.std)) for m in models}) != 1:
+        raise ConfigError("models that are measured together must take the same input (size, mean, std); measure them one by one.")
     own = []
     for m in models:
         if len(m.class_weights) != len(images.class_names): raise ConfigError(f"{type(m).__name__} has {len(m.class_weights)} classes, {images.name} has {len(images.class_names)}.")
@@ -614,8 +627,8 @@ class Result:
     def scale(self) -> str:
         "Which protocols ran on which images."
         n = dict(zip(self.summary.protocol, self.summary.images))
-        return (f"accuracy on {n['accuracy']} images, CSDC on the {n['csdc']} of them that are classified correctly, all other protocols on {int(self.images.measured.sum())} images with interventions "
-                f"(of which {n['d']} count in D, {n['sd']} in SD, {n['ts']} in TS)")
+        return (f"accuracy on {n['accuracy']} images, CSDC on the {n['csdc']} of them that are classified correctly, "
+                f"all other protocols on {int(self.images.measured.sum())} images with interventions (of which {n['d']} count in D, {n['sd']} in SD, {n['ts']} in TS)")
 
 # %% ../nbs/13d_funnybirds.ipynb #13d-funn-082
 def _tables(m, way, drop):
@@ -669,7 +682,8 @@ def protocols(
 def _summary(found, m, t, v):
     "One row a protocol: its score, and the images behind it."
     taking = lambda x: int((~x.isnan()).sum())
-    n = dict(accuracy=len(m.rows), bi=int(m.measured.sum()), csdc=int(t["right"].sum()), pc=int(m.measured.sum()), dc=int(m.measured.sum()), d=taking(v["d"][0]), sd=taking(v["sd"]), ts=taking(v["ts"][:, 0]))
+    there = int(m.measured.sum())
+    n = dict(accuracy=len(m.rows), bi=there, csdc=int(t["right"].sum()), pc=there, dc=there, d=taking(v["d"][0]), sd=taking(v["sd"]), ts=taking(v["ts"][:, 0]))
     units = dict(bi=f"{int(t['objects'].sum())} background objects", csdc="correctly classified", d="with something irrelevant", sd="with a ranking", ts="where the model is sensitive itself, two points each")
     dims = dict(csdc="completeness", pc="completeness", dc="completeness", d="completeness", sd="correctness", ts="contrastivity")
     return pd.DataFrame([dict(protocol=k, dimension=dims.get(k, ""), score=found[k], images=n.get(k, ""), of=units.get(k, "")) for k in LABELS])
