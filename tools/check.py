@@ -133,7 +133,7 @@ def main(argv):
     notebooks = [str(BIN/"nbdev_test"), "--n_workers", str(workers), "--timing", "--skip_file_re", r"^(_|\.|run_)"]
     failed = ["checks"] * bool(bad)
     failed += ["nbdev_test"] * bool(step("notebooks (nbdev_test)", notebooks, workers))
-    failed += ["pytest"] * bool(step("pytest", [sys.executable, "-m", "pytest", "-q", "--durations=5", "-p", "no:cacheprovider"]))
+    failed += ["pytest"] * bool(step("pytest", [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "loadfile", "--durations=10", "-p", "no:cacheprovider"], workers))
     print(f"== make test: {'FAILED: ' + ', '.join(failed) if failed else 'all passed'} in {time.time() - began:.0f} s", flush=True)
     return 1 if failed else 0
 
