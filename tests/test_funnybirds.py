@@ -202,7 +202,7 @@ def test_aggregate(seed):
     for i in range(80):
         v = [float(c[k][i]) for k in ("csdc", "pc", "dc", "d")]
         goal = v[0]/3 + v[1]/3 + v[2]/3 + v[3]
-        if goal > best + 1e-9: best, at = goal, i
+        if goal > best: best, at = goal, i                       # in the published order of summation, so that ties fall alike
     assert got["tau"] == pytest.approx(np.linspace(.01, .5, 80)[at]) and got["completeness"] == pytest.approx(best/2)
     assert got["mean"] == pytest.approx((best/2 + .6 + .8)/3)
 
