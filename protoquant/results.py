@@ -434,7 +434,7 @@ def run_table(
     record: dict,      # content of run.json
 ) -> pd.DataFrame:     # columns: model, accuracy, codes, codes per class, seconds
     "The main numbers of one run as a small table; all numbers where it trained no model."
-    if not {"top1", "top1_linear_probe"} & set(record.get("metrics", {})): return metric_table(record)
+    if (have := set(record.get("metrics", {}))) and not have & {"top1", "top1_linear_probe", "top1_blackbox"}: return metric_table(record)
     m, k = record.get("metrics", {}), record.get("parameters", {}).get("topk", "K")
     seconds = lambda *names: sum(m[n] for n in names if m.get(n) is not None) if any(m.get(n) is not None for n in names) else None
     rows = [("black box, its own head", m.get("top1_blackbox"), None, None, seconds("seconds_features")),
