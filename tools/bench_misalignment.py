@@ -16,22 +16,7 @@ from protoquant.core import WeightsError, generator
 from protoquant.head import NonNegLinear
 from protoquant.misalignment import Setup, attack, measure, target
 from protoquant.model import ProtoQuant
-
-
-def say(text):
-    print(f"bench: {text}", file=sys.stderr, flush=True)
-
-
-def timed(f, *a, **kw):
-    "What f returns, and the seconds it took."
-    began = time.perf_counter()
-    out = f(*a, **kw)
-    return out, time.perf_counter() - began
-
-
-def row(what, ours, theirs, reference, quality="", note="", **more):
-    "A row as tools/bench.py has them."
-    return dict(what=what, ours=ours, reference=theirs, ratio=ours / max(theirs, 1e-9), against=reference, quality=quality, note=note, **more)
+from bench import row, say, timed     # the folder of this file is on the path: as a script, and from tools/bench.py
 
 
 class Counted:
