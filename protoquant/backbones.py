@@ -65,9 +65,12 @@ class Backbone(nn.Module):
         self.model = pool_tokens(model, norm) if self.is_sequence else model
         for p in self.parameters(): p.requires_grad_(False)
         self.d, self.num_classes = model.num_features, model.num_classes
-        self.hash = hash_tensors(self.model.state_dict() | {"norm": torch.tensor([NORMS.index(norm)])})
+        self.hash = self.hash_now()
         self.train(False)
 
+    def hash_now(self) -> str:
+        "Hash of the weights and buffers as they are: equal to `hash`, unless somebody has changed them."
+        return hash_tensors(self.model.state_dict() | {"norm": torch.tensor([NORMS.index(self.norm)])})
     def freeze(self):
         "Evaluation mode and no gradients, also where somebody reached past this class for the model inside."
         for m in self.modules(): m.training = False

@@ -25,10 +25,10 @@ def head_logits(
     weight: Tensor,           # (k, M)
     temperature: float,
     device="cpu",
-    batch: int = 4096,        # images whose presence is held at once
+    batch: int = None,        # images whose presence is held at once; 256 MiB of it by default
 ) -> Tensor:                  # (n, k)
     "Logits of all images, in bounded memory (Eq. 6, 8, 10)."
-    rows = torch.arange(len(tokens)).split(batch)
+    rows = torch.arange(len(tokens)).split(batch or max(1, min(4096, (1 << 28) // (4 * len(book)))))
     return torch.cat([presence_of(tokens.subset(r), book, temperature, device) @ weight.detach().cpu().T for r in rows])
 
 def top1(
