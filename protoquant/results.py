@@ -421,7 +421,7 @@ def metric_table(
 ) -> pd.DataFrame:     # columns: metric, and 'all codes' and 'K codes a class' where both models were measured
     "All numbers of a run that measures models: purity, misalignment, FunnyBirds."
     m, k = record.get("metrics", {}), record.get("parameters", {}).get("topk", "K")
-    ends = {"_full": "all codes", "_topk": f"{k} codes a class"}
+    ends = {"_full": "all codes", "_topk": f"{k} codes a class"} if any(n.endswith("_topk") for n in m) else {}
     rows = {}
     for name, v in m.items():
         end = next((e for e in ends if name.endswith(e)), None)
