@@ -11,6 +11,7 @@ __all__ = ['EPS', 'unit', 'cosine', 'codebook_loss', 'Space', 'Codebook', 'ortho
 import math, warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -364,17 +365,30 @@ class Projection:
     position: Tensor   # (M,) row-major position on the grid
     cosine: Tensor     # (M,) cosine between the code as it was and the token, in the space
 
-def _top_tokens(dirs, want, k):
+def _pieces(dirs, free=None):
+    "Numbers and directions of all tokens, or of the free ones, a chunk at a time."
+    if free is None: yield from ((torch.arange(start, start + len(u)), u) for start, u in dirs)
+    else: yield from ((ids, dirs.rows(ids)) for ids in torch.from_numpy(np.flatnonzero(free)).split(8192))
+
+def _top_tokens(pieces, want, k):
     "The k most similar tokens of each of `want`'s rows: similarities and token numbers (M, k)."
     v, i = torch.full((len(want), k), -2.), torch.zeros(len(want), k, dtype=torch.long)
-    for start, u in dirs:
+    for ids, u in pieces:
         for rows in torch.arange(len(want)).split(4096):
             s, j = (want[rows.to(want.device)] @ u.T).topk(min(k, len(u)), dim=1)
             v[rows], pick = torch.cat([v[rows], s.cpu()], 1).topk(k, dim=1)
-            i[rows] = torch.cat([i[rows], j.cpu() + start], 1).gather(1, pick)
+            i[rows] = torch.cat([i[rows], ids[j.cpu()]], 1).gather(1, pick)
     return v, i
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-053
+# %% ../nbs/05_codebook.ipynb #05-codeb-054
+def _deal(v, i, left, token, cos, free):
+    "Give tokens to the codes `left`, best pairs first; changes `token`, `cos` and `free` (NumPy)."
+    k = v.shape[1]
+    order, v, i = v.flatten().argsort(descending=True, stable=True).numpy(), v.flatten().numpy(), i.flatten().numpy()
+    for flat in order:
+        m, t = left[flat // k], i[flat]
+        if token[m] < 0 and free[t]: token[m], cos[m], free[t] = t, v[flat], False
+
 @torch.no_grad()
 def project(
     book: Codebook,
@@ -385,18 +399,17 @@ def project(
     "Replace every code by a training token of its own, the nearest one that is free. Raises `ConfigError` for more codes than tokens."
     check_codebook_size(len(book), tokens.n_tokens)
     dirs, want = dirs or Directions(tokens, book.space, budget=0), book.directions()[:len(book)]
-    token, cos, taken, k = torch.full((len(book),), -1), torch.zeros(len(book)), set(), min(candidates, tokens.n_tokens)
-    while len(left := (token < 0).nonzero()[:, 0]):
-        v, i = _top_tokens(dirs, want[left].to(dirs.device), k)
-        for flat in v.flatten().argsort(descending=True, stable=True).tolist():
-            m, r = divmod(flat, v.shape[1]); t = int(i[m, r])
-            if token[left[m]] < 0 and t not in taken: token[left[m]], cos[left[m]] = t, v[m, r]; taken.add(t)
-        k = min(8 * k, tokens.n_tokens)   # all candidates taken: look further down the list
-    img, pos = token // tokens.positions, token % tokens.positions
+    token, cos, free, k = np.full(len(book), -1), np.zeros(len(book), np.float32), np.ones(tokens.n_tokens, bool), candidates
+    while len(left := np.flatnonzero(token < 0)):
+        far = k > 8 * candidates                               # all candidates of two rounds are taken
+        v, i = _top_tokens(_pieces(dirs, free if far else None), want[left].to(dirs.device), min(candidates if far else k, int(free.sum()) if far else tokens.n_tokens))
+        _deal(v, i, left, token, cos, free)
+        k *= 8
+    img, pos = torch.from_numpy(token // tokens.positions), torch.from_numpy(token % tokens.positions)
     codes = torch.stack([tokens.read([int(a)])[0, int(b)] for a, b in zip(img, pos)])
-    return Projection(codes, img, pos, cos)
+    return Projection(codes, img, pos, torch.from_numpy(cos))
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-056
+# %% ../nbs/05_codebook.ipynb #05-codeb-058
 @dataclass
 class PatchIndex:
     "For each code the nearest patches of the training images, best first."
@@ -428,10 +441,10 @@ def nearest_patches(
         p = torch.cat([p, pos.T.cpu()], 1).gather(1, order)
     return PatchIndex(i, p, v, tokens.grid, list(tokens.ids))
 
-# %% ../nbs/05_codebook.ipynb #05-codeb-060
+# %% ../nbs/05_codebook.ipynb #05-codeb-062
 def grounding(
     book: Codebook,
     tokens: Tokens,   # training tokens
 ) -> Tensor:          # (M,)
     "Cosine of each code to its nearest training token (the measurable part of the paper's Table 1 column 'grounded')."
-    return _top_tokens(Directions(tokens, book.space, budget=0), book.directions()[:len(book)], 1)[0][:, 0]
+    return _top_tokens(_pieces(Directions(tokens, book.space, budget=0)), book.directions()[:len(book)], 1)[0][:, 0]
