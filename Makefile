@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= -p dataset toybirds
+SCALE ?= smoke
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser check bench lab readme refresh clean-notebooks
+.PHONY: help setup demo paper test test-browser check bench lab readme refresh clean-notebooks
 
 help:             ## this list
 	@echo "make TARGET, where TARGET is one of"; sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 20
@@ -14,6 +15,9 @@ setup:            ## .venv with the package and exact versions of all it needs
 
 demo: setup       ## the main experiment on the embedded data set: a table, a notebook, figures
 	@$(BIN)/protoquant run cub $(DEMO)
+
+paper: setup      ## every table and figure of the paper (SCALE=smoke, small or paper; a second call continues)
+	@$(BIN)/protoquant reproduce --scale $(SCALE)
 
 test: setup       ## clean, exported, tagged, README in step; all notebooks; pytest
 	@$(BIN)/python tools/check.py

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'EXAMPLES', 'find_nbs', 'experiments', 'find_experiment', 'parameters', 'read_value', 'read_parameters',
-           'execute', 'run', 'find_run', 'require', 'results', 'datasets', 'report', 'parser', 'main']
+           'execute', 'run', 'work', 'find_run', 'require', 'results', 'datasets', 'report', 'reproduce', 'parser',
+           'main']
 
 # %% ../nbs/15_cli.ipynb #15-cli-002
-import argparse, ast, contextlib, json, os, shutil, sys, tempfile, time
+import argparse, ast, contextlib, io, json, os, shutil, signal, sys, tempfile, threading, time, tokenize
 from pathlib import Path
 
 # %% ../nbs/15_cli.ipynb #15-cli-005
@@ -41,11 +42,22 @@ def find_experiment(
     raise ConfigError(f"there is no experiment {name!r}.{nearest_names(name, found)} There are: {', '.join(found) or 'none'}.")
 
 # %% ../nbs/15_cli.ipynb #15-cli-010
+@contextlib.contextmanager
+def _without(module: str):
+    "Pretend that a module is not installed. One of papermill's imports would spend two seconds on a grammar of web addresses that no notebook has."
+    known = sys.modules.get(module)
+    if known is None: sys.modules[module] = None
+    try: yield
+    finally:
+        if known is None: sys.modules.pop(module, None)
+
+# %% ../nbs/15_cli.ipynb #15-cli-011
 def _papermill():
     from protoquant.core import ConfigError
     try:
-        import papermill
-        import ipykernel
+        with _without("rfc3987_syntax"):
+            import papermill
+            import ipykernel
         return papermill
     except ImportError as e:
         raise ConfigError(f"running experiments needs {e.name}: install it with  pip install 'protoquant[run]'") from e
@@ -55,15 +67,26 @@ def parameters(
 ) -> dict:     # name -> (default, comment)
     "The parameters of a notebook; raises `ConfigError` where it has no cell tagged `parameters`."
     from protoquant.core import ConfigError
-    out = {}
-    for name, p in _papermill().inspect_notebook(str(notebook)).items():
-        try: default = ast.literal_eval(p["default"])
-        except (ValueError, SyntaxError): default = p["default"]
-        out[name] = default, p["help"]
+    try:
+        cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+        out = _assignments(next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), ""))
+    except (ValueError, KeyError, TypeError, SyntaxError) as e: raise ConfigError(f"{notebook} cannot be read as a notebook with parameters: {type(e).__name__}: {e}.") from e
     if not out: raise ConfigError(f"{notebook} has no cell tagged 'parameters'.")
     return out
 
-# %% ../nbs/15_cli.ipynb #15-cli-012
+def _assignments(source: str) -> dict:   # name -> (value, comment)
+    "The lines `name = value  # comment` of a cell; a value that is no literal stays text."
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    out = {}
+    for n in ast.parse(source).body:
+        target = n.targets[0] if isinstance(n, ast.Assign) else n.target if isinstance(n, ast.AnnAssign) and n.value else None
+        if not isinstance(target, ast.Name): continue
+        try: value = ast.literal_eval(n.value)
+        except ValueError: value = ast.unparse(n.value)
+        out[target.id] = value, comments.get(n.end_lineno, "")
+    return out
+
+# %% ../nbs/15_cli.ipynb #15-cli-013
 def read_value(
     text: str,  # as typed
     default,    # of the parameter
@@ -76,7 +99,7 @@ def read_value(
     except (ValueError, SyntaxError): return text
     return float(value) if isinstance(default, float) and type(value) is int else value
 
-# %% ../nbs/15_cli.ipynb #15-cli-015
+# %% ../nbs/15_cli.ipynb #15-cli-016
 def read_parameters(
     pairs: list,  # (name, text) as typed
     known: dict,  # from `parameters`
@@ -88,7 +111,7 @@ def read_parameters(
     check_parameters(given, defaults)
     return given
 
-# %% ../nbs/15_cli.ipynb #15-cli-018
+# %% ../nbs/15_cli.ipynb #15-cli-019
 @contextlib.contextmanager
 def _environ(**kw):
     "Set environment variables for a while (None: unset); the kernel inherits them."
@@ -101,7 +124,7 @@ def _environ(**kw):
     try: yield
     finally: put(old)
 
-# %% ../nbs/15_cli.ipynb #15-cli-019
+# %% ../nbs/15_cli.ipynb #15-cli-020
 def execute(
     notebook,              # path
     params: dict,          # name -> value
@@ -121,7 +144,7 @@ def execute(
             pointer.unlink(missing_ok=True)
     return where
 
-# %% ../nbs/15_cli.ipynb #15-cli-022
+# %% ../nbs/15_cli.ipynb #15-cli-023
 def _say(*lines):
     for l in lines: print(l, flush=True)
 
@@ -142,7 +165,7 @@ def _near(path):
     p = os.path.relpath(path)
     return str(path) if p.startswith("..") else p
 
-# %% ../nbs/15_cli.ipynb #15-cli-023
+# %% ../nbs/15_cli.ipynb #15-cli-024
 def run(args) -> int:
     "`protoquant run`; returns the exit status."
     notebook = find_experiment(args.experiment)
@@ -169,7 +192,7 @@ def _list(known):
     for k, (d, note) in known.items(): _say(f"{k:<{width}}  {d!r}" + (f"   # {note}" if note else ""))
     return 0
 
-# %% ../nbs/15_cli.ipynb #15-cli-024
+# %% ../nbs/15_cli.ipynb #15-cli-025
 def _aside(out: Path) -> Path:
     "Keep the notebook of a run that failed, for a look."
     kept = out.with_name(f"failed-{os.getpid()}.ipynb")
@@ -201,7 +224,32 @@ def _keep(where: dict, out: Path, copy, seconds: float) -> int:
     _report(folder, where, seconds)
     return 0
 
-# %% ../nbs/15_cli.ipynb #15-cli-026
+# %% ../nbs/15_cli.ipynb #15-cli-027
+def work(
+    job: str,  # JSON: notebook, params, out, ended (file that says what became of it), force, parent (process)
+) -> int:      # exit status
+    "Execute one notebook for `protoquant reproduce`."
+    job = json.loads(job)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_with(job["parent"])
+    out, ended = Path(job["out"]), {}
+    try:
+        folder = _settle(execute(job["notebook"], job["params"], out, job["force"]), out)
+        ended = dict(folder=str(folder)) if folder else dict(error="ConfigError", says="the notebook ended without a complete record", notebook=str(out))
+    except KeyboardInterrupt: return 130
+    except _papermill().PapermillExecutionError as e: ended = dict(cell=e.exec_count, error=e.ename, says=e.evalue, notebook=str(out))
+    except Exception as e: ended = dict(error=type(e).__name__, says=" ".join(str(e).split()))   # e.g. the kernel died
+    Path(job["ended"]).write_text(json.dumps(ended))
+    return 1 if "error" in ended else 0
+
+def _end_with(parent: int):
+    "End this process in order when its parent is gone."
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=watch, daemon=True).start()
+
+# %% ../nbs/15_cli.ipynb #15-cli-029
 def find_run(
     experiment: str,
     params: dict,           # all of them, by name
@@ -221,7 +269,7 @@ def find_run(
             if fits and all((p.parent/a).exists() for a in artefacts): found.append((r["date"], p.parent))
     return max(found)[1] if found else None
 
-# %% ../nbs/15_cli.ipynb #15-cli-027
+# %% ../nbs/15_cli.ipynb #15-cli-030
 def require(
     experiment: str,        # e.g. 'cub'
     params: dict,           # name -> value; the others have the notebook's defaults
@@ -245,7 +293,7 @@ def require(
     if folder is None: raise ConfigError(f"the run of {experiment} that this needs ended without a complete record; see {_aside(out)}")
     return folder
 
-# %% ../nbs/15_cli.ipynb #15-cli-030
+# %% ../nbs/15_cli.ipynb #15-cli-033
 MAIN = ["top1_linear_probe", "top1_blackbox", "top1_quantised_head", "top1", "top1_last", "top1_topk", "codes_used", "grounding_cosine"]
 
 def results(args) -> int:
@@ -262,7 +310,7 @@ def results(args) -> int:
           "markdown": lambda: s.to_markdown(index=False, disable_numparse=True)}[args.format]())
     return 0
 
-# %% ../nbs/15_cli.ipynb #15-cli-031
+# %% ../nbs/15_cli.ipynb #15-cli-034
 def datasets(args) -> int:
     "`protoquant datasets`; returns the exit status."
     from protoquant import datasets as d
@@ -271,14 +319,26 @@ def datasets(args) -> int:
         _say(f"{name:<14}{about}")
     return 0
 
-# %% ../nbs/15_cli.ipynb #15-cli-033
+# %% ../nbs/15_cli.ipynb #15-cli-036
 def report(args) -> int:
     "`protoquant report`; returns the exit status."
     from protoquant.report import report as write
     _say(_near(write(args.run, args.out, n_images=args.images, n_classes=args.classes, max_mb=args.max_mb, data_root=args.data_root, quiet=args.quiet)))
     return 0
 
-# %% ../nbs/15_cli.ipynb #15-cli-035
+# %% ../nbs/15_cli.ipynb #15-cli-038
+def reproduce(args) -> int:
+    "`protoquant reproduce`; returns the exit status."
+    from protoquant.core import ConfigError
+    from protoquant.reproduce import reproduce as all_of_it
+    files = dict(f.partition("=")[::2] for f in args.file or [])
+    for name, path in files.items():
+        if not path: raise ConfigError(f"--file {name}: write --file NAME=PATH, e.g. --file cub=my/model.safetensors.")
+        if not Path(path).expanduser().is_file(): raise ConfigError(f"--file {name}={path}: there is no such file.")
+    only = [a for text in args.only or [] for a in text.split(",") if a]
+    return all_of_it(args.scale, only, args.jobs, args.dry_run, files, args.output_dir, args.figures, args.force, args.manifest, not args.no_draw, args.data_root, args.device, lambda *a: print(*a, flush=True))
+
+# %% ../nbs/15_cli.ipynb #15-cli-040
 EXAMPLES = """examples:
   protoquant run cub                                     the defaults of nbs/run_cub.ipynb (a smoke run on ToyBirds)
   protoquant run cub -p dataset cub -p codebook_size 2000
@@ -288,6 +348,8 @@ EXAMPLES = """examples:
   protoquant run purity -p codebook_size 2000            measures a model (trained first where there is none)
   protoquant report results/cub/KEY                      the run as one HTML file
   protoquant datasets                                    data sets that can be named
+  protoquant reproduce --scale smoke                     every table and figure, on drawn birds, in minutes
+  protoquant reproduce --scale small --only table3 --dry-run
 
 Data are looked for in the parameter data_root, else in the folder that the environment variable PROTOQUANT_DATA names."""
 
@@ -302,10 +364,11 @@ def parser() -> argparse.ArgumentParser:
     _run_parser(sub, raw)
     _results_parser(sub, raw)
     _report_parser(sub, raw)
+    _reproduce_parser(sub, raw)
     sub.add_parser("datasets", help="list the data sets").set_defaults(do=datasets)
     return p
 
-# %% ../nbs/15_cli.ipynb #15-cli-036
+# %% ../nbs/15_cli.ipynb #15-cli-041
 def _run_parser(sub, raw):
     about = "Run nbs/run_EXPERIMENT.ipynb. A run that is already complete (same parameters, data and weights) is shown, not repeated."
     r = sub.add_parser("run", help="run an experiment", description=about, epilog=EXAMPLES, formatter_class=raw)
@@ -328,7 +391,7 @@ def _results_parser(sub, raw):
     s.add_argument("--folder", default="results", metavar="DIR", help="folder of the records (default: results, in the clone)")
     s.set_defaults(do=results)
 
-# %% ../nbs/15_cli.ipynb #15-cli-037
+# %% ../nbs/15_cli.ipynb #15-cli-042
 def _report_parser(sub, raw):
     r = sub.add_parser("report", help="write a run as one HTML file", description="Codes, classes and a sample of explained test images of a run, in one file that needs nothing else.", epilog=EXAMPLES, formatter_class=raw)
     r.add_argument("run", metavar="RUN", help="folder of a run with a model, e.g. results/cub/KEY")
@@ -340,7 +403,25 @@ def _report_parser(sub, raw):
     r.add_argument("--quiet", action="store_true", help="no progress")
     r.set_defaults(do=report)
 
-# %% ../nbs/15_cli.ipynb #15-cli-039
+# %% ../nbs/15_cli.ipynb #15-cli-043
+def _reproduce_parser(sub, raw):
+    r = sub.add_parser("reproduce", help="run what tables and figures need, draw them", formatter_class=raw, epilog=EXAMPLES,
+                       description="Run what is missing for the paper's tables and figures, then draw those that have changed. May be stopped at any time; the same command continues.")
+    r.add_argument("--scale", choices=["smoke", "small", "paper"], default="smoke", help="smoke: drawn birds, minutes (default); small: real data, reduced, hours; paper: the paper's settings, a GPU")
+    r.add_argument("--only", action="append", metavar="NAMES", help="these artefacts, e.g. table3,figure6")
+    r.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: smoke: one a core, at most 4; else 1)")
+    r.add_argument("--dry-run", action="store_true", help="show the plan, run nothing")
+    r.add_argument("--file", action="append", metavar="NAME=PATH", help="a file of one's own in the place of the manifest's, e.g. a black box; may be repeated")
+    r.add_argument("--output-dir", default="results", metavar="DIR", help="folder of the records (default: results, in the clone)")
+    r.add_argument("--figures", default="paper_figures", metavar="DIR", help="tables and figures go to DIR/SCALE (default: paper_figures, in the clone)")
+    r.add_argument("--force", action="store_true", help="run again what is complete")
+    r.add_argument("--manifest", metavar="FILE", help="another manifest than the package's")
+    r.add_argument("--no-draw", action="store_true", help="only run")
+    r.add_argument("--data-root", metavar="DIR", help="folder of the data; else the environment variable PROTOQUANT_DATA")
+    r.add_argument("--device", help="'cpu' or 'cuda'; the notebooks' own default else")
+    r.set_defaults(do=reproduce)
+
+# %% ../nbs/15_cli.ipynb #15-cli-045
 def main(
     argv: list = None,  # words of the command line; those of this process by default
 ) -> int:               # exit status
