@@ -260,7 +260,7 @@ def find_run(
     "A complete run with these parameters."
     from protoquant.core import DataError, read_json
     from protoquant.results import PLACES, public_parameters, results_dir
-    known = lambda p: {k: v for k, v in p.items() if k not in PLACES or k == "weights"}
+    known = lambda p: {k: v for k, v in p.items() if v is not None and (k not in PLACES or k == "weights")}      # one that a record lacks was added later: None
     what, found = known(public_parameters(params)), []
     for p in (results_dir(output_dir)/experiment).glob("*/run.json"):
         with contextlib.suppress(DataError, OSError, ValueError, AttributeError, KeyError):
