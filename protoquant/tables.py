@@ -585,35 +585,57 @@ def _paper_table(name, scale, rows, runs):
 
 # %% ../nbs/21_tables.ipynb #21-table-071
 BEYOND = dict(disagreements="One decision at a time is changed; everything else stays.", autosize="The size that a criterion picks on training images, beside the best size of the sweep.",
-              seeds="Two recipes on the same images, and the interval of their difference under a paired bootstrap.")
+              seeds="Differences in points, in brackets their 95 % interval under a paired bootstrap; how many seeds, or test images, would show such a difference in 80 % of all attempts.")
+STEMS = {"top1": ("top-1", 2), "codes": ("codes", 0), "difference": ("difference", 2), "sd_seeds": ("sd over seeds", 2), "sd_images": ("sd over images", 2), "seeds_needed": ("seeds needed", 0),
+         "images_needed": ("images needed", 0), "power": ("power", 2), "v_seed": ("variance of a seed", 2), "v_image": ("variance of the images", 2), "seconds": ("seconds", 1),
+         "value": ("value", 2)}   # columns in this order: heading, digits; 'value' is for metrics that begin with none of the others
 
-def _split(names, stems):
-    "Metrics as {variant: {stem: name}}, by the longest stem that fits."
-    out = {}
+def _split(names):
+    "Metrics as {variant: {stem: name}}, by the longest stem that fits; ends of intervals are left to their number."
+    names, out = list(names), {}
     for n in names:
-        if stem := next((s for s in sorted(stems, key=len, reverse=True) if n == s or n.startswith(f"{s}_")), None): out.setdefault(n[len(stem) + 1:], {})[stem] = n
+        if n.endswith(("_low", "_high")) and n.rpartition("_")[0] in names: continue
+        stem = next((s for s in sorted(STEMS, key=len, reverse=True) if n == s or n.startswith(f"{s}_")), None)
+        out.setdefault(n[len(stem) + 1:] if stem else n, {})[stem or "value"] = n
     return out
 
-# %% ../nbs/21_tables.ipynb #21-table-073
-STEMS = ("top1", "codes", "difference", "low", "high", "seconds")
-
-def _beyond(name, scale, rows, runs):
-    "A table of an experiment of our own: one line a variant, mean ± sd (n) over its runs."
-    got = {str(r["folder"]): r for row in rows if (r := runs.get(row.id)) is not None and r["experiment"] == name}
-    records = list(got.values())
-    by = _split(dict.fromkeys(m for r in records for m in r["metrics"]), STEMS)
-    stems = [s for s in STEMS if any(s in v for v in by.values())]
-    out, data = [], []
-    for variant, metrics in by.items():
-        cells = {s: [v for r in records if (v := r["metrics"].get(metrics[s])) is not None] if s in metrics else [] for s in stems}
-        for s, v in cells.items():
-            if v: data.append(dict(table=name, row_method=variant, metric=s, source="ours", ours=np.mean(v), sd=np.std(v, ddof=1) if len(v) > 1 else np.nan, n=len(v), scale=records[0]["scale"], status="not in the paper", run="a", keys=", ".join(r["key"] for r in records)))
-        out.append([variant.replace("_", " ") or name, *(_text(np.mean(v), np.std(v, ddof=1) if len(v) > 1 else None, len(v), 2) if v else "–" for v in cells.values()), records[0]["scale"]])
-    frame = pd.DataFrame(out or [["–", "not run"]], columns=["variant", *stems, "scale"] if out else ["variant", "status"])
-    legend = {"a": _ran(records, Cell(name, "", "", ""))} if records else {}
-    return Table(name, scale, ARTEFACTS[name], frame, pd.DataFrame(data).reindex(columns=DATA), f"{BEYOND[name]} Not in the paper. {PM}", [], legend)
-
 # %% ../nbs/21_tables.ipynb #21-table-074
+def _own_number(name, variant, stem, metric, records):
+    "One metric as a row of the long frame; None where no run has it."
+    v = [r["metrics"][metric] for r in records if r["metrics"].get(metric) is not None]
+    if not v: return None
+    low, high = (records[0]["metrics"].get(f"{metric}_{k}") if len(records) == 1 else None for k in ("low", "high"))
+    return dict(table=name, row_method=variant, metric=stem, source="ours", ours=np.mean(v), sd=np.std(v, ddof=1) if len(v) > 1 else np.nan, n=len(v), low=low, high=high, scale=records[0]["scale"],
+                status="not in the paper", run="a", ran=_ran(records, Cell(name, "", "", "")), keys=", ".join(r["key"] for r in records))
+
+def _own_text(r, several):
+    "Its text: mean ± sd (n), or a value with its interval."
+    digits, sign = STEMS[r.metric][1], r.metric == "difference"
+    if digits == 0 and r.ours % 1: digits = 1
+    ends = "" if pd.isna(r.low) or pd.isna(r.high) else f" [{_text(r.low, digits=digits, sign=sign)}, {_text(r.high, digits=digits, sign=sign)}]"
+    return _text(r.ours, r.sd, r.n if several else None, digits, sign) + ends
+
+def _variant(name, variant, record):
+    "A variant as words; of two recipes: their difference, for a seed or for a number of points."
+    pair = re.fullmatch(r"(.+?)_(?:s(\d+)|([\d.]+))", variant)
+    base, seed, points = pair.groups() if pair and name == "seeds" else (variant, None, None)
+    recipes = str(record["parameters"].get("recipes") or "").replace(" ", "").split(",")
+    words = next((f"{a} − {b}" for a in recipes for b in recipes if base == f"{a}_{b}"), base.replace("_", " "))
+    return _words(words, seed and f"seed {seed}", points and f"if it were {points} points") or "all"
+
+# %% ../nbs/21_tables.ipynb #21-table-075
+def _beyond(name, scale, rows, runs):
+    "A table of an experiment of our own: one line a variant."
+    records = list({str(r["folder"]): r for row in rows if (r := runs.get(row.id)) is not None and r["experiment"] == name}.values())
+    by = _split(dict.fromkeys(m for r in records for m in r["metrics"]))
+    data = pd.DataFrame([n for v, metrics in by.items() for s, m in metrics.items() if (n := _own_number(name, v, s, m, records))]).reindex(columns=[*DATA, "low", "high"])
+    stems, text = [s for s in STEMS if s in set(data.metric)], {(r.row_method, r.metric): _own_text(r, len(records) > 1) for r in data.itertuples()}
+    lines = [[_variant(name, v, records[0]), *(text.get((v, s), "") for s in stems), records[0]["scale"]] for v in dict.fromkeys(data.row_method)]
+    frame = pd.DataFrame(lines, columns=["variant", *(STEMS[s][0] for s in stems), "scale"]) if lines else pd.DataFrame([["–", "not run"]], columns=["variant", "status"])
+    about = f"{BEYOND[name]} Not in the paper." + (f" {PM}" if len(records) > 1 else "")
+    return Table(name, scale, ARTEFACTS[name], frame, data, about, [], {"a": _ran(records, Cell(name, "", "", ""))} if records else {})
+
+# %% ../nbs/21_tables.ipynb #21-table-076
 def render(
     name: str,             # 'table1' to 'table8', 'disagreements', 'autosize', 'seeds'
     scale: str = "small",  # 'smoke', 'small' or 'paper'
@@ -631,7 +653,7 @@ def render(
 
 TABLES = tuple(a for a in ARTEFACTS if not a.startswith("figure"))
 
-# %% ../nbs/21_tables.ipynb #21-table-079
+# %% ../nbs/21_tables.ipynb #21-table-081
 def _md(text, bold=False):
     "Text for GitHub's Markdown."
     s = re.sub(r"([\\*<>|`~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", str(text))
@@ -650,9 +672,10 @@ def _tex(text, bold=False):
 def _htm(text, bold=False):
     "Text for HTML."
     s = re.sub(r" ?\[(\d+)\]", r"<sup>\1</sup>", html.escape(str(text)))
+    if re.match(r"[+−]?\d", s): s = re.sub(r" (?=[±(])|(?<=±) ", "&nbsp;", s)      # a number is not broken into lines
     return f"<b>{s}</b>" if bold and s.strip() else s
 
-# %% ../nbs/21_tables.ipynb #21-table-082
+# %% ../nbs/21_tables.ipynb #21-table-084
 @patch
 def below(self: Table) -> list:   # of (mark, text)
     "What stands below the table, line by line; the mark is a letter, or ''."
@@ -662,7 +685,7 @@ def below(self: Table) -> list:   # of (mark, text)
 
 def _ours(cells): return cells[0].startswith("ours")
 
-# %% ../nbs/21_tables.ipynb #21-table-083
+# %% ../nbs/21_tables.ipynb #21-table-085
 @patch
 def to_markdown(
     self: Table,
@@ -683,7 +706,7 @@ def to_markdown(
 @patch
 def _repr_markdown_(self: Table): return self.to_markdown()
 
-# %% ../nbs/21_tables.ipynb #21-table-084
+# %% ../nbs/21_tables.ipynb #21-table-086
 @patch
 def to_latex(self: Table) -> str:
     "A LaTeX table; needs the packages booktabs and amssymb."
@@ -698,7 +721,7 @@ def to_latex(self: Table) -> str:
     state = _tex(self.state) + (rf" \texttt{{{_tex(self.command)}}}" if self.missing else "")
     return "\n".join([*head, *body, r"\bottomrule", r"\end{tabular}", "", r"\raggedright\footnotesize", *notes, state, r"\end{table}", ""])
 
-# %% ../nbs/21_tables.ipynb #21-table-085
+# %% ../nbs/21_tables.ipynb #21-table-087
 STYLE = "body{font:15px/1.45 system-ui,sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse}th,td{text-align:left;padding:.2em .7em}thead th{border-top:2px solid;border-bottom:1px solid}" \
         "tbody tr:last-child td{border-bottom:2px solid}.block th{font-style:italic;border-top:1px solid #999;padding-top:.5em}.ours td{background:#f2f6fa}p{margin:.3em 0;font-size:.9em}"
 
@@ -715,7 +738,7 @@ def to_html(self: Table) -> str:
     state = f"<p>{_htm(self.state)}{f' <code>{_htm(self.command)}</code>' if self.missing else ''}</p>"
     return "\n".join(["<!doctype html>", head, f"<h1>{_htm(self.title)}</h1>", f"<p>Runs of the scale {self.scale}.</p>", *table, *after, state, "</body></html>", ""])
 
-# %% ../nbs/21_tables.ipynb #21-table-088
+# %% ../nbs/21_tables.ipynb #21-table-090
 @patch
 def short(self: Table) -> str:   # Markdown
     "The lines of ours and the paper's beside them; everything where nothing was run."

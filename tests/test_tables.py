@@ -343,6 +343,41 @@ def test_the_short_form_has_our_lines_and_those_beside_them(tmp_path):
     assert [x.split("|")[1].strip() for x in s.split("\n") if x.startswith("|")][2:] == ["**ConvNeXt-Tiny**", "ProtoQuant", "**ours**", "**ours, 10 codes a class**"] and "<sup>a</sup> cub" in s and "<sup>1</sup>" not in s and "small" in s
 
 
+# beyond the paper
+
+@pytest.fixture
+def experiments(tmp_path):
+    "A folder of experiments of our own."
+    nbs = tmp_path/"clone"/"nbs"
+    for name, more in (("disagreements", "seed = 40\n"), ("seeds", 'recipes = "a,b_c"\n')):
+        cell = dict(cell_type="code", id="a", metadata=dict(tags=["parameters"]), source=f'dataset = "cub"\nbackbone = "x"\nweights = "packaged"\n{more}', outputs=[], execution_count=None)
+        write_json(nbs/f"run_{name}.ipynb", dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5))
+    write_json(nbs.parent/"settings.ini", {})
+    return nbs.parent
+
+
+def own_record(folder, experiment, id, metrics, **params):
+    parameters = dict(dataset="cub", backbone="x", weights="packaged", **params)
+    write_json(folder/experiment/id/"run.json", dict(schema=SCHEMA, experiment=experiment, key=id, parameters=parameters, n_images=SMALL, scale="small", metrics=metrics, hardware="", seconds=1, weights="0f", date="2026-01-01",
+                                                     crop="", git=dict(commit=None)))
+
+
+def test_a_table_of_our_own_has_a_line_a_variant(tmp_path, experiments):
+    rows = [Row(f"d{s}", "small", "disagreements", dict(seed=s), ("disagreements",)) for s in (40, 41)]
+    for r, v in zip(rows, (80., 84.)): own_record(tmp_path/"r", "disagreements", r.id, dict(top1_task_loss=v, codes_task_loss=10, top1_paper=70., best=3, top1_lost=None), **r.params)
+    t = render("disagreements", "small", tmp_path/"r", rows, experiments)
+    assert t.frame.values.tolist() == [["task loss", "82.00 ± 2.83 (2)", "10 ± 0 (2)", "", "small"], ["paper", "70.00 ± 0.00 (2)", "", "", "small"], ["best", "", "", "3.00 ± 0.00 (2)", "small"]]
+    assert list(t.frame) == ["variant", "top-1", "codes", "value", "scale"] and "seeds 40, 41" in t.legend["a"] and set(t.data.status) == {"not in the paper"}
+
+
+def test_differences_of_two_recipes_have_intervals(tmp_path, experiments):
+    r = Row("s", "small", "seeds", {}, ("seeds",))
+    own_record(tmp_path/"r", "seeds", "s", {"top1_a": 81., "difference_a_b_c": 1.5, "difference_a_b_c_low": -.25, "difference_a_b_c_high": 3., "difference_a_b_c_s40": 2., "seeds_needed_a_b_c": 7, "seeds_needed_a_b_c_0.5": 60}, recipes="a,b_c")
+    t = render("seeds", "small", tmp_path/"r", [r], experiments)
+    assert dict(zip(t.frame.variant, t.frame.difference)) == {"a": "", "a − b_c": "+1.50 [−0.25, +3.00]", "a − b_c, seed 40": "+2.00", "a − b_c, if it were 0.5 points": ""}
+    assert t.frame["seeds needed"].tolist() == ["", "7", "", "60"] and t.frame["top-1"].tolist()[0] == "81.00" and t.data.low.dropna().tolist() == [-.25]
+
+
 # bad input
 
 def test_damaged_and_older_records_count_as_missing(tmp_path):
