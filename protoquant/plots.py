@@ -812,7 +812,7 @@ def _piles(ax, model, seen, d, order):
     ax.bar(range(len(order)), parts.sum(1) - below, bottom=below, width=.6, color=GREY)
     for j, v in enumerate(parts.sum(1)): ax.text(j, v, f"{v:.1f}", ha="center", va="bottom", fontsize=8, color=INK, fontweight="bold" if j == 0 else "normal")
     ax.set(xlim=(-.5, len(order) - .5), ylim=(0, max(parts.sum(1).max() * 1.25, 1e-6)), yticks=[])
-    ax.set_xticks(range(len(order)), [textwrap.fill(short(model.class_names[c], 24), 8) for c in order], fontsize=6.5, linespacing=1); ax.tick_params(axis="x", length=0, pad=2)
+    ax.set_xticks(range(len(order)), [textwrap.fill(short(model.class_names[c], 24), 9, break_long_words=False) for c in order], fontsize=6.5, linespacing=1); ax.tick_params(axis="x", length=0, pad=2)
     ax.spines["left"].set_visible(False)
     ax.set_ylabel("sums of\ncolumns", fontsize=7, labelpad=4, rotation=0, ha="right", va="center")
     ax.text(-.7, -.45, "grey: other codes", fontsize=7, ha="right", color=INK, transform=ax.get_xaxis_transform())
@@ -825,6 +825,7 @@ def training_figure(
     losses: list,           # of stage 1
     weights: dict,          # what -> (k, M) class weights: e.g. {'start': W0, 'trained': W1, '3 codes a class': W2}
     n_shown: int = 60,      # columns of W: codes; neighbours are merged where there are more
+    n_moves: int = 80,      # codes whose way is drawn, evenly chosen
 ):
     "The two stages of training, and pruning (the paper's Figure 3), from their data. Raises `ConfigError` for shapes that do not fit."
     z, a, b = (F.normalize(torch.as_tensor(v).double(), dim=1).cpu().numpy() for v in (tokens, start, codes))
@@ -835,7 +836,7 @@ def training_figure(
     one, two = fig.subfigures(2, 1, height_ratios=[1.25, 1])
     roles, scatter, curve = one.subplots(1, 3, width_ratios=[1.15, 2, 1.5])
     _roles(roles, "stage 1: codes", [("backbone φ", False), ("codebook C", True), ("black box's head", False)], "no labels (Eq. 4); the head only validates")
-    _moves(scatter, z, a, b)
+    _moves(scatter, z, a, b, n_moves)
     _descent(curve, losses)
     roles, *axes = two.subplots(1, len(ws) + 1, width_ratios=[1.15] + [3.5 / len(ws)] * len(ws))
     _roles(roles, "stage 2: weights", [("backbone φ", False), ("codebook C", False), ("weights W ≥ 0", True)], "labels: cross-entropy; darker is a larger weight")
@@ -855,16 +856,17 @@ def _roles(ax, title, parts, note):
     ax.text(.49, -.05, note.replace("; ", "\n"), ha="center", va="top", fontsize=8, color=INK)
     ax.set_title(title, fontweight="bold")
 
-def _moves(ax, z, a, b):
+def _moves(ax, z, a, b, n=80):
     "Tokens on the two directions in which the codes differ most, codes before and after."
+    M, some = len(b), np.linspace(0, len(b) - 1, min(n, len(b))).round().astype(int)
     c = b - b.mean(0)
     axes = np.linalg.svd(c, full_matrices=False)[2][:2].T
-    z, a, b = ((v - b.mean(0)) @ axes for v in (z, a, b))
+    z, a, b = ((v - b.mean(0)) @ axes for v in (z, a[some], b[some]))
     ax.plot(*z.T, ".", color=GREY, markersize=2.5, label="tokens", zorder=1, linestyle="none")
     ax.plot(np.stack([a[:, 0], b[:, 0]]), np.stack([a[:, 1], b[:, 1]]), color=INK, linewidth=.6, zorder=2)
     ax.plot(*a.T, "o", color="white", markeredgecolor=COLOURS[0], markersize=4, linestyle="none", label="codes at the start", zorder=3)
     ax.plot(*b.T, "D", color=COLOURS[1], markersize=4, linestyle="none", label="codes learned", zorder=4)
-    ax.set(xticks=[], yticks=[], xlabel="two directions of the feature space"); ax.set_title(f"{len(b)} codes move to the tokens")
+    ax.set(xticks=[], yticks=[], xlabel="two directions of the feature space"); ax.set_title(f"{M} codes move to the tokens" + (f" ({len(b)} shown)" if len(b) < M else ""))
     ax.margins(.04); ax.legend(loc="upper left", bbox_to_anchor=(0, -.1), ncols=3, handletextpad=.1, columnspacing=.9)
 
 def _descent(ax, losses):
