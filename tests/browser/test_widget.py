@@ -1,22 +1,20 @@
 """The inspector in a real browser: JupyterLab on the loopback address, Chromium driven by Playwright. Run by `make test-browser` (tools/browser.py), not by pytest alone."""
-import json
 import os
 import re
-import secrets
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]/"tools"))
+import browser as B
+from browser import button, status, wait_edits
+
+pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
 CHROMIUM = os.environ.get("PROTOQUANT_CHROMIUM")
 SHOTS = Path(os.environ.get("PROTOQUANT_SHOTS", "/nonexistent"))
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="PROTOQUANT_CHROMIUM names no browser; run `make test-browser`")
-WAIT = 240_000   # milliseconds; a kernel that imports torch on a busy machine is slow
 
 MODEL = """
 import warnings; warnings.simplefilter("ignore")
@@ -51,88 +49,26 @@ else: print("edits: no file yet")
 """.strip()
 
 
-def notebook(cells):
-    return dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")),
-                cells=[dict(cell_type="code", id=f"c{i}", source=c, metadata={}, outputs=[], execution_count=None) for i, c in enumerate(cells)])
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "Address, token and folder of a JupyterLab of our own: its settings and its work are in a temporary folder."
     root = tmp_path_factory.mktemp("lab")
     work = root/"work"
     work.mkdir()
-    (work/"widget.ipynb").write_text(json.dumps(notebook([MODEL, SHOW, CHECK])))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    token = secrets.token_hex(16)
-    env = dict(os.environ, OMP_NUM_THREADS="1", JUPYTER_CONFIG_DIR=str(root/"config"), JUPYTER_DATA_DIR=str(root/"data"), JUPYTER_RUNTIME_DIR=str(root/"runtime"), IPYTHONDIR=str(root/"ipython"))
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-               f"--ServerApp.root_dir={work}", "--allow-root", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-    with open(root/"lab.log", "w") as log:
-        server = subprocess.Popen(command, cwd=work, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    try:
-        for _ in range(240):
-            if server.poll() is not None: break
-            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=2).read(); break
-            except OSError: time.sleep(.5)
-        else: server.terminate()
-        assert server.poll() is None, (root/"lab.log").read_text()[-3000:]
-        yield f"http://127.0.0.1:{port}", token, work
-    finally:
-        server.terminate()
-        try: server.wait(20)
-        except subprocess.TimeoutExpired: server.kill()
+    (work/"widget.ipynb").write_text(B.notebook([MODEL, SHOW, CHECK]))
+    with B.jupyterlab(root, work) as (url, token): yield url, token, work
 
 
 @pytest.fixture(scope="module")
 def page(lab):
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"])
-        page = browser.new_page(viewport=dict(width=1400, height=1500))
-        page.set_default_timeout(WAIT)
-        yield page
-        browser.close()
+    with B.chromium(CHROMIUM) as page: yield page
 
 
 def shot(page, name):
     if SHOTS.is_dir(): page.screenshot(path=str(SHOTS/f"{name}.png"))
 
 
-def open_and_run(page, lab, times=3):
-    "Open the notebook and run all cells; the first request after a cold start can be lost, so it is made again until the cells are counted."
-    url, token, _ = lab
-    page.goto(f"{url}/doc/tree/widget.ipynb?token={token}&reset")
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    counted = lambda: [t for t in page.locator(".jp-CodeCell .jp-InputPrompt").all_inner_texts() if re.search(r"\[\s*(\d+|\*)\s*\]", t)]
-    for _ in range(times):
-        page.wait_for_timeout(3000)
-        page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        try: page.wait_for_function("() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(e => /\\[\\s*(\\d+|\\*)\\s*\\]/.test(e.innerText))", timeout=20_000)
-        except playwright.TimeoutError: continue
-        break
-    page.wait_for_function("() => { const t = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.innerText); return t.length == 3 && t.every(x => /\\[\\d+\\]/.test(x)); }", timeout=WAIT)
-    assert len(counted()) == 3
-
-
-def status(page): return page.locator(".jp-OutputArea-output .widget-html-content", has_text=re.compile("accuracy|Accuracy")).first
-
-
-def numbers(page):
-    "(accuracy before, accuracy now, edits) in the status line."
-    m = re.search(r"accuracy ([\d.]+) % → ([\d.]+) % on \d+ images; (\d+) edits", status(page).inner_text())
-    return (float(m[1]), float(m[2]), int(m[3])) if m else None
-
-
-def wait_edits(page, n):
-    page.wait_for_function("n => [...document.querySelectorAll('.widget-html-content')].some(e => new RegExp('; ' + n + ' edits').test(e.innerText))", arg=n)
-    return numbers(page)
-
-
-def button(page, name): return page.get_by_role("button", name=name, exact=True).first
+def open_and_run(page, lab): B.open_and_run(page, *lab[:2], "widget.ipynb", 3)
 
 
 def test_a_code_is_switched_off_taken_back_saved_and_found_again(page, lab):
