@@ -1,6 +1,7 @@
 """Guards of protoquant.editing: whatever was done, undone and done again, the state is that of a model made afresh."""
 import json
 import warnings
+from unittest import mock
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,27 +74,42 @@ def same(a, b):
 
 
 @settings(max_examples=40, deadline=None)
-@given(steps=st.lists(edits(), max_size=12), kind=st.sampled_from(KINDS), silent=st.integers(0, 2))
-def test_any_sequence_is_what_its_list_gives_on_a_fresh_model_to_the_last_bit(steps, kind, silent):
+@given(steps=st.lists(edits(), max_size=12), kind=st.sampled_from(KINDS), silent=st.integers(0, 2), many=st.sampled_from((1/8, 1/4, 1.)))
+def test_any_sequence_is_what_its_list_gives_on_a_fresh_model_to_the_last_bit(steps, kind, silent, many):
     m, t = model(kind, silent), images()
-    editor = E.Editor(m, t)
-    done = follow(editor, steps)
-    fresh = E.Editor(m, t)
-    for e in done: fresh.apply(e)
-    same(editor, fresh)
-    for _ in done: editor.undo()
-    same(editor, E.Editor(m, t))
-    for _ in done: editor.redo()
-    same(editor, fresh)
+    with mock.patch.object(E, "MANY", many):
+        editor = E.Editor(m, t)
+        done = follow(editor, steps)
+        fresh = E.Editor(m, t)
+        for e in done: fresh.apply(e)
+        same(editor, fresh)
+        for _ in done: editor.undo()
+        same(editor, E.Editor(m, t))
+        for _ in done: editor.redo()
+        same(editor, fresh)
     assert editor.done == done
 
 
+def test_many_codes_at_once_are_not_counted_one_by_one():
+    m, t = model(m=64), images()
+    editor = E.Editor(m, t)
+    with mock.patch.object(E.Survey, "shares", side_effect=AssertionError("a product for each code")):
+        editor.switch_off(list(range(40)), "softmax")
+        editor.switch_off(40, "softmax").undo().undo()
+    same(editor, E.Editor(m, t))
+    want = slow_presence(t, editor.switch_off([3, 9], "softmax").edited().book, .1)
+    torch.testing.assert_close(editor.presence[:, [c for c in range(64) if c not in (3, 9)]].double(), want, atol=2e-5, rtol=2e-5)
+    both = E.Editor(m, t).switch_off([3, 9], "softmax").switch_off(list(range(10, 40)), "softmax").undo()      # what was counted before is still right
+    same(both, editor)
+
+
 @settings(max_examples=40, deadline=None)
-@given(steps=st.lists(edits(), max_size=8), kind=st.sampled_from(KINDS), silent=st.integers(0, 2), T=st.sampled_from((.05, .1, .5)), share=st.sampled_from((1e-4, .01, .3)))
-def test_logits_are_those_of_the_edited_model(steps, kind, silent, T, share):
+@given(steps=st.lists(edits(), max_size=8), kind=st.sampled_from(KINDS), silent=st.integers(0, 2), T=st.sampled_from((.05, .1, .5)), share=st.sampled_from((1e-4, .01, .3)),
+       many=st.sampled_from((1/8, 1.)))
+def test_logits_are_those_of_the_edited_model(steps, kind, silent, T, share, many):
     m, t = model(kind, silent, T), images()
     editor = E.Editor(m, t, share=share)
-    follow(editor, steps)
+    with mock.patch.object(E, "MANY", many): follow(editor, steps)
     new = editor.edited()
     want = slow_presence(t, new.book, T) @ new.weight.double().T
     torch.testing.assert_close(editor.logits.double(), want, atol=2e-5, rtol=2e-5)
@@ -126,10 +142,12 @@ def test_presence_without_codes_is_that_of_the_smaller_codebook(removed, kind, s
     t, b = images(seed), book(M, D, kind, silent, seed)
     s = E.Survey(t, b, T, share=share, keep=keep, chunk=4 * 9 * M * 5)
     left = [c for c in range(M) if c not in removed]
-    got = s.without(removed, sum(s.shares(c) for c in removed))
+    assert torch.equal(rho := sum(s.shares(c) for c in removed), s.shares(removed[::-1]))
+    got, again = s.without(removed, rho), s.afresh(removed)
     want = slow_presence(t, Codebook(b.codes.detach()[left], b.space, b.silent), T)
     torch.testing.assert_close(got[:, left].double(), want, atol=2e-6 / T, rtol=2e-5)
-    assert not got[:, removed].any() and torch.equal(s.without([], torch.zeros_like(s.lse, dtype=torch.int64)), s.s)
+    torch.testing.assert_close(again[:, left].double(), want, atol=2e-6 / T, rtol=2e-5)
+    assert not got[:, removed].any() and not again[:, removed].any() and torch.equal(s.without([], torch.zeros_like(s.lse, dtype=torch.int64)), s.s)
 
 
 def test_near_ties_that_change_their_token_are_found():
