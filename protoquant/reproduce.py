@@ -219,7 +219,7 @@ def show(self: Plan, jobs: int) -> str:
     head = f"scale {self.scale}: {len(self.rows)} runs, {len(self.rows) - len(self.todo)} of them need nothing, {len(self.todo)} to do"
     lines = [head, "", t[t.runs > 0].to_markdown(index=False, tablefmt="simple", disable_numparse=True), ""]
     if self.todo:
-        disk = ", ".join(f"{gb:.2f} GiB in {cli._near(p)} ({shutil.disk_usage(next(q for q in (p, *p.parents) if q.exists())).free / 2**30:.1f} GiB free)" for p, gb in self.space().items())
+        disk = ", ".join(f"{gb:.2f} GiB in {cli._near(p)} ({shutil.disk_usage(next(q for q in (p, *p.parents) if q.exists())).free / 2**30:.2f} GiB free)" for p, gb in self.space().items())
         lines += [f"time: about {in_words(estimate(self.todo, jobs))}, {jobs} at a time, on the hardware that this scale is meant for", f"disk: {disk}"]
     return "\n".join(lines)
 
@@ -418,7 +418,7 @@ def fail(self: Session, row: Row, why: str):
             self.blocked[r.id] = row.id
             todo.append(r.id)
     n = len(self.done) + len(self.failed) + len(self.blocked)
-    self.say(f"[{n}/{self.total}] {row.id}: FAILED, {why}" + (f"\n    {len(self.blocked)} rows wait for failed ones" if self.blocked else ""))
+    self.say(f"[{n}/{self.total}] {row.id}: FAILED, {why}" + (f"\n    rows that need a failed one so far: {len(self.blocked)}" if self.blocked else ""))
 
 @patch
 def collect(self: Session):
@@ -564,9 +564,9 @@ def _summary(session: Session, drawn, command: str) -> list:
     "Lines about what failed."
     lines = [f"  {i}: {w}" for i, w in session.failed.items()]
     if lines: lines = [f"{len(session.failed)} of {session.total} rows failed:", *lines]
-    if session.blocked: lines += [f"{len(session.blocked)} rows wait for a failed row:", *(f"  {i}: waits for a failed row, {w}" for i, w in session.blocked.items())]
+    if session.blocked: lines += ["not started, because they need a failed row:", *(f"  {i}: waits for a failed row, {w}" for i, w in session.blocked.items())]
     bad = [] if drawn is None else [f"  {d.artefact}: {d.why}" for d in drawn.itertuples() if d.state == "failed"]
-    if bad: lines += [f"{len(bad)} artefacts could not be drawn:", *bad]
+    if bad: lines += ["could not be drawn:", *bad]
     return [*lines, f"what failed is tried again by  {command}"] if lines else []
 
 def _standing(plan: Plan, drawn) -> str:
@@ -624,6 +624,7 @@ def reproduce(
         plan.refresh()   # another process may have been at work until now
         return _reproduce(plan, Session(plan, jobs, device, data_root, say), draw and figures, command, say)
 
+# %% ../nbs/20_reproduce.ipynb #20-repro-068
 def _would(plan, say) -> int:
     "The end of a dry run: would there be room?"
     try: plan.check_space()
@@ -641,7 +642,7 @@ def _reproduce(plan, session, to, command, say) -> int:
     if lines: say("\n" + "\n".join(lines))
     return 1 if lines else 0
 
-# %% ../nbs/20_reproduce.ipynb #20-repro-076
+# %% ../nbs/20_reproduce.ipynb #20-repro-077
 def status(
     output_dir="results",
     manifest=None,        # file; the package's by default
