@@ -76,9 +76,11 @@ def lacking(self: Plan,
     return list(dict.fromkeys([*gone, *(a for a in row.after if self.runs[a] is None)]))
 
 @patch
-def missing(self: Plan) -> list:   # of Row, in order
+def missing(self: Plan,
+    own=None,    # rows that have to be complete; those of the plan's artefacts by default
+) -> list:       # of Row, in order
     "Rows to run."
-    wanted, queue = set(), [r for r in self.own if self.runs[r.id] is None]
+    wanted, queue = set(), [r for r in (self.own if own is None else own) if self.runs[r.id] is None]
     while queue:
         r = queue.pop()
         if r.id not in wanted: queue += [self.by[a] for a in self.lacking(r)]
@@ -204,10 +206,10 @@ def in_words(minutes: float) -> str:
 @patch
 def table(self: Plan) -> pd.DataFrame:   # artefact, title, runs, complete, to do, minutes, GB
     "What each artefact needs; rows that several share count for each."
-    out, todo = [], {r.id for r in self.todo}
+    out = []
     for a in self.only or ARTEFACTS:
-        own = [r for r in self.every if a in r.serves]
-        left = [r for r in rows_for(self.every, [a]) if r.id in todo]
+        own = [r for r in self.rows if a in r.serves]
+        left = self.missing(own)
         out.append({"artefact": a, "title": ARTEFACTS[a], "runs": len(own), "complete": sum(self.runs[r.id] is not None for r in own),
                     "to do": len(left), "minutes": round(sum(r.minutes for r in left), 1), "GiB": round(max((r.gb for r in left), default=0.), 2)})
     return pd.DataFrame(out)
