@@ -78,12 +78,13 @@ LIMITS = dict(png=400_000, pdf=1_500_000)   # bytes; photographs may have four t
 DPIS = (160, 120, 90)
 
 def _few_colours(content):
-    "A PNG with 256 colours, its texts kept."
+    "A PNG with 256 colours, dithered, its texts kept."
     im, texts = Image.open(io.BytesIO(content)), PngInfo()
     for k, v in im.info.items():
         if isinstance(v, str): texts.add_itxt(k, v)
     out = io.BytesIO()
-    im.convert("RGB").quantize(256).save(out, "PNG", pnginfo=texts, dpi=im.info["dpi"])
+    rgb = im.convert("RGB")
+    rgb.quantize(palette=rgb.quantize(256), dither=Image.Dither.FLOYDSTEINBERG).save(out, "PNG", pnginfo=texts, dpi=im.info["dpi"])
     return out.getvalue()
 
 def _rendered(fig, kind, about, limit):
@@ -105,7 +106,7 @@ def save(self: Drawing,
     kinds=("png", "pdf"),
 ) -> list:                     # paths: figure_06.png, figure_06.pdf
     "Write the figure, atomically, with title, caption and the keys of its records inside."
-    about, out = dict(title=f"Figure {self.number}: {ARTEFACTS[self.name]}", caption=self.caption, keys=", ".join(self.keys)), []
+    about, out = dict(title=f"Figure {self.number}: {ARTEFACTS[self.name]}", caption=self.caption.replace("**", ""), keys=", ".join(self.keys)), []
     with style(): self.fig.draw_without_rendering()
     self.fig.set_layout_engine("none")          # arranged once is enough
     for kind in kinds:
