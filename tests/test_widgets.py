@@ -125,6 +125,29 @@ def test_mistakes_become_sentences_and_change_nothing(view):
     with pytest.raises(ConfigError, match=f"0 to {M - 1}"): view.show_code(M)
 
 
+def test_lists_of_classes_say_what_is_chosen(view):
+    "A list in a browser is empty where the value is None."
+    assert (view.of_class.label, view.pick_class.label, view.weight_class.label) == ("all classes", "predicted class", "Toybird 01")
+    view.of_class.value = 1
+    assert view.found == view.catalogue.find(class_id=1)
+    view.of_class.value = W.ALL
+    assert view.found == view.catalogue.find() and view.of_class.label == "all classes"
+    view.choose(2)
+    assert view.shown.class_id == view.shown.predicted
+
+
+def test_flipped_images_are_shown_and_open_in_the_explainer(view):
+    view.edit("switch_off", list(range(8)))
+    flips = view.editor.flips()
+    there = [c for c in view.flip_cards if c["box"].layout.display != "none"]
+    assert len(flips) and [c["row"] for c in there] == flips.row[:8].tolist() and flips.effect[0] in there[0]["text"].value
+    assert "; 1 edit, 8 of 14 codes off" in view.status.value
+    there[-1]["button"].click()
+    assert view.tabs.selected_index == 1 and view.pick.value == view.row == there[-1]["row"] and view.shown.image == view.test.ids[view.row]
+    view.buttons["undo"].click()
+    assert all(c["box"].layout.display == "none" for c in view.flip_cards) and "; 0 edits," in view.status.value
+
+
 def test_all_codes_of_a_class_off(view):
     view.weight_class.value = 1
     view.buttons["all of this class off"].click()

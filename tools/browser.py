@@ -146,8 +146,8 @@ def status(page):
 
 def wait_edits(page, n):
     "Wait until n edits are said to be in force; the accuracy before and now, and n again."
-    page.wait_for_function("n => [...document.querySelectorAll('.widget-html-content')].some(e => new RegExp('; ' + n + ' edits').test(e.innerText))", arg=n)
-    m = re.search(r"accuracy ([\d.]+) % → ([\d.]+) % on \d+ images; (\d+) edits", status(page).inner_text())
+    page.wait_for_function("n => [...document.querySelectorAll('.widget-html-content')].some(e => new RegExp('; ' + n + ' edits?,').test(e.innerText))", arg=n)
+    m = re.search(r"accuracy ([\d.]+) % → ([\d.]+) % on \d+ images; (\d+) edits?,", status(page).inner_text())
     return (float(m[1]), float(m[2]), int(m[3])) if m else None
 
 
