@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['head_logits', 'top1', 'class_local_size', 'image_local_size', 'global_size', 'sparsity', 'duplicate_codes',
-           'duplicate_groups', 'codebook_report', 'paired_bootstrap']
+           'duplicate_groups', 'codebook_report', 'paired_bootstrap', 'paired_bootstrap_seeds', 'SeedDifference']
 
 # %% ../nbs/13_metrics.ipynb #13-metri-002
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
+from scipy import stats
 from torch import Tensor
 
 from .core import ConfigError
@@ -122,3 +126,101 @@ def paired_bootstrap(
     means = rng.multinomial(len(d), counts / len(d), draws) @ values / len(d)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(d.mean()), float(low), float(high)
+
+# %% ../nbs/13_metrics.ipynb #13-metri-020
+def _paired_table(a, b, least=1):
+    "(S, n) differences in points. Raises `ConfigError` where the two are not tables of the same seeds and images."
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape or a.ndim != 2 or not a.size: raise ConfigError(f"a comparison over seeds needs the same images and seeds, one row a seed: got {a.shape} and {b.shape}.")
+    if len(a) < least: raise ConfigError(f"the spread between seeds needs at least {least} seeds; there is {len(a)}.")
+    return 100 * (a - b)
+
+def paired_bootstrap_seeds(
+    a: Tensor, b: Tensor,      # (S, n) 1 where recipe A (B) is right, one row a seed
+    draws: int = 10_000,
+    level: float = .95,
+    seed: int = 0,
+) -> tuple:                    # (difference A - B in points, low, high)
+    "Difference of two recipes on the same images and seeds, with its interval when images *and* seeds are drawn again. Raises `ConfigError` where they are not the same."
+    d = _paired_table(a, b)
+    (s, n), rng, means = d.shape, np.random.default_rng(seed), []
+    kinds, counts = np.unique(d, axis=1, return_counts=True)      # images that behave alike under all seeds: draw their counts
+    for piece in np.array_split(np.arange(draws), max(1, draws * len(counts) // 4_000_000)):
+        images, seeds = rng.multinomial(n, counts / n, len(piece)), rng.multinomial(s, np.full(s, 1 / s), len(piece))
+        means.append(((seeds @ kinds) * images).sum(1) / (s * n))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return float(d.mean()), float(low), float(high)
+
+# %% ../nbs/13_metrics.ipynb #13-metri-025
+@dataclass
+class SeedDifference:
+    "A difference of two recipes over seeds and images, in points, and where its uncertainty comes from."
+    value: float     # A - B
+    v_seed: float    # variance of one seed's difference on these images; NaN for one seed
+    v_image: float   # variance of the difference over test sets of this size, however many seeds
+    n_seeds: int
+    n_images: int
+    @classmethod
+    def of(cls,
+        a: Tensor, b: Tensor,   # (S, n) as for `paired_bootstrap_seeds`
+    ):
+        "Measure it; one seed leaves the variance of seeds unknown."
+        d = _paired_table(a, b)
+        s, n = d.shape
+        rows, cols = d.mean(1, keepdims=True), d.mean(0, keepdims=True)
+        if s == 1: return cls(float(d.mean()), float("nan"), float(d.var(ddof=1) / n), s, n)
+        rest = ((d - rows - cols + d.mean())**2).sum() / ((s - 1) * (n - 1))
+        images = s * ((cols - d.mean())**2).sum() / (n - 1)
+        return cls(float(d.mean()), float(rows.var(ddof=1)), float(max(0., (images - rest) / s / n)), s, n)
+
+# %% ../nbs/13_metrics.ipynb #13-metri-026
+@patch
+def spread(self: SeedDifference,
+    seeds: int = None,   # S; those there are by default
+    images: int = None,  # n; those there are by default
+) -> tuple:              # (standard error in points, degrees of freedom)
+    "Standard error of the mean difference, and Satterthwaite's degrees of freedom."
+    s, n = seeds or self.n_seeds, images or self.n_images
+    by_seed, by_image = self.v_seed / s, self.v_image * self.n_images / n
+    v, parts = by_seed + by_image, (by_seed**2 / max(s - 1, 1e-9) if by_seed else 0.) + by_image**2 / (n - 1)
+    return v**.5, v**2 / parts if parts else np.inf
+
+@patch
+def power(self: SeedDifference,
+    d: float,            # points
+    seeds: int = None, images: int = None,   # as for `spread`
+    level: float = .95,
+) -> float:
+    "Chance that the t test sees a difference of d points."
+    se, df = self.spread(seeds, images)
+    if not se > 0: return float("nan") if np.isnan(se) else float(d != 0)
+    t, shift = stats.t.ppf((1 + level) / 2, df), abs(d) / se
+    tails = stats.nct.sf(t, df, shift), stats.nct.cdf(-t, df, shift)
+    far = stats.norm.sf(t - shift), stats.norm.cdf(-t - shift)          # where SciPy's noncentral t gives up (far out, many degrees of freedom)
+    return float(sum(f if np.isnan(p) else p for p, f in zip(tails, far)))
+
+# %% ../nbs/13_metrics.ipynb #13-metri-027
+def _smallest(f, low, high, target):
+    "Smallest whole number at which a rising f reaches the target; None where `high` does not."
+    if not f(high) >= target: return None
+    while low < high:
+        mid = (low + high) // 2
+        low, high = (low, mid) if f(mid) >= target else (mid + 1, high)
+    return low
+
+@patch
+def seeds_needed(self: SeedDifference,
+    d: float,                # points; its sign does not matter
+    power: float = .8, level: float = .95,
+    most: int = 10_000,
+) -> int:                    # None where no number of seeds is enough, or the spread of seeds is not known
+    "How many seeds tell recipes apart that differ by d points, with these images."
+    return _smallest(lambda s: self.power(d, seeds=s, level=level), 2, most, power) if d else None
+
+@patch
+def images_needed(self: SeedDifference,
+    d: float, power: float = .8, level: float = .95,
+    most: int = 10_000_000,
+) -> int:                    # None where no number of images is enough
+    "How many test images tell them apart with the seeds there are; the spread of seeds is taken as it was on this test set."
+    return _smallest(lambda n: self.power(d, images=n, level=level), 2, most, power) if d else None
