@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO ?= -p dataset toybirds
 SCALE ?= smoke
 .DEFAULT_GOAL := help
-.PHONY: help setup demo paper test test-browser check bench lab readme refresh clean-notebooks
+.PHONY: help setup demo paper pictures test test-browser check bench lab readme refresh clean-notebooks
 
 help:             ## this list
 	@echo "make TARGET, where TARGET is one of"; sed -n 's/^\([a-z-]*\):.*## /  \1	/p' Makefile | expand -t 20
@@ -18,6 +18,10 @@ demo: setup       ## the main experiment on the embedded data set: a table, a no
 
 paper: setup      ## every table and figure of the paper (SCALE=smoke, small or paper; a second call continues)
 	@$(BIN)/protoquant reproduce --scale $(SCALE)
+
+pictures:         ## README pictures of ToyBirds: explained images, the widget in a browser (installs what test-browser installs)
+	@$(PYTHON) tools/bootstrap.py dev demo browser
+	@$(BIN)/python tools/pictures.py
 
 test: setup       ## clean, exported, tagged, README in step; all notebooks; pytest
 	@$(BIN)/python tools/check.py

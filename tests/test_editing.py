@@ -90,6 +90,16 @@ def test_any_sequence_is_what_its_list_gives_on_a_fresh_model_to_the_last_bit(st
     assert editor.done == done
 
 
+def test_directions_are_kept_in_memory_while_there_is_room(monkeypatch):
+    m, t = model(), images()
+    assert E.Survey(t, m.book, .1).kept is not None
+    need = len(t) * 9 * m.book.space.rank * 4 + len(t) * (14 * M + 24 * 9)
+    for budget, kept in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(E, "BUDGET", budget)
+        s = E.Editor(m, t).switch_off([1], "softmax")
+        assert (s.survey.kept is not None) == kept and (s.nbytes <= budget + 2048 or not kept)
+
+
 def test_many_codes_at_once_are_not_counted_one_by_one():
     m, t = model(m=64), images()
     editor = E.Editor(m, t)
