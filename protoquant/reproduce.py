@@ -459,7 +459,7 @@ def beat(self: Session):
     self.say("running: " + ", ".join(f"{c.row.id} ({c.seconds / 60:.0f} of about {in_words(c.row.minutes * self.speed())})" for c in self.running))
 
 # %% ../nbs/20_reproduce.ipynb #20-repro-053
-SOURCES = dict(table=("tables.py", "paper_values.csv"), figure=("figures.py", "plots.py", "protoquant.mplstyle", "paper_values.csv"))
+SOURCES = dict(table=("tables.py", "paper_values.csv"), figure=("figures.py", "plots.py", "misalignment.py", "funnybirds.py", "explain.py", "protoquant.mplstyle", "paper_values.csv"))
 
 def is_figure(name: str) -> bool: return name.startswith("figure")
 
