@@ -86,10 +86,10 @@ def python(code, *args, threads=1, timeout=120, **env):
 TINY = dict(dataset="toybirds", classes=4, n_train_per_class=8, n_test_per_class=3, backbone="test_resnet", weights="random", codebook_size=24, epochs_stage1=3, epochs_stage2=6, val_fraction=.25)
 
 
-def run_experiment(experiment, tmp, *more, tiny=TINY, **params):
+def run_experiment(experiment, tmp, *more, tiny=TINY, env=(), **params):
     "Run an experiment through the command line, in tmp/results; `None` leaves a parameter of `tiny` out."
     args = [w for k, v in {**tiny, **params, "output_dir": Path(tmp)/"results"}.items() if v is not None for w in ("-p", k, str(v))]
-    env = dict(os.environ, PROTOQUANT_CACHE=str(Path(tmp)/"cache"), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    env = dict(os.environ, PROTOQUANT_CACHE=str(Path(tmp)/"cache"), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", **dict(env))
     return subprocess.run([sys.executable, "-c", "import sys; from protoquant.cli import main; sys.exit(main())", "run", experiment, "--quiet", *args, *more], cwd=TESTS.parent, env=env,
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
 

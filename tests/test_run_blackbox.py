@@ -1,27 +1,21 @@
 """nbs/run_blackbox.ipynb through the command line, on a tiny ToyBirds with a tiny network: fine-tuning, interruption, the record, and the file that a frozen experiment takes."""
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+import pieces
+from pieces import run_experiment
+
 pytest.importorskip("papermill")
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(dataset="toybirds", classes=3, n_train_per_class=8, n_test_per_class=2, backbone="test_resnet", weights="random", img_size=32, epochs=3, warmup=1, micro_batch=4, val_fraction=.25)
 
 
-def run(tmp, *more, experiment="blackbox", env=(), **params):
-    args = [w for k, v in {**TINY, **params, "output_dir": tmp/"results"}.items() if v is not None for w in ("-p", k, str(v))]
-    env = dict(os.environ, PROTOQUANT_CACHE=str(tmp/"cache"), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", **dict(env))
-    return subprocess.run([sys.executable, "-c", "import sys; from protoquant.cli import main; sys.exit(main())", "run", experiment, "--quiet", *args, *more], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def records(tmp, experiment="blackbox"):
-    return {p.parent: json.loads(p.read_text()) for p in (tmp/"results"/experiment).glob("*/run.json")}
+run = lambda tmp, *more, experiment="blackbox", **params: run_experiment(experiment, tmp, *more, tiny=TINY, **params)
+records = lambda tmp, experiment="blackbox": pieces.records(tmp, experiment)
 
 
 @pytest.fixture(scope="module")

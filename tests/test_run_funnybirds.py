@@ -1,27 +1,18 @@
 """nbs/run_funnybirds.ipynb through the command line, on a tiny ToyBirds with a tiny random backbone, drawn and from disk."""
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
+import pieces
+from pieces import run_experiment
+
 pytest.importorskip("papermill")
-ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(dataset="toybirds", classes=4, n_train_per_class=8, n_test_per_class=3, backbone="test_resnet", weights="random", codebook_size=24, topk=3, epochs_stage1=3,
             epochs_stage2=6, val_fraction=.25)
 
 
-def run(tmp, *more, **params):
-    args = [w for k, v in {**TINY, **params, "output_dir": tmp/"results"}.items() if v is not None for w in ("-p", k, str(v))]
-    env = dict(os.environ, PROTOQUANT_CACHE=str(tmp/"cache"), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-    return subprocess.run([sys.executable, "-c", "import sys; from protoquant.cli import main; sys.exit(main())", "run", "funnybirds", "--quiet", *args, *more], cwd=ROOT, env=env,
-                          capture_output=True, text=True)
-
-
-def records(tmp, experiment="funnybirds"):
-    return {p.parent: json.loads(p.read_text()) for p in (tmp/"results"/experiment).glob("*/run.json")}
+run = partial(run_experiment, "funnybirds", tiny=TINY)
+records = lambda tmp, experiment="funnybirds": pieces.records(tmp, experiment)
 
 
 @pytest.fixture(scope="module")
