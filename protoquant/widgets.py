@@ -213,7 +213,7 @@ def _table(rows, head):
     return f"<table style='font-size:12px;line-height:1.4'>{line(head, 'th')}{''.join(line(r, 'td') for r in rows)}</table>"
 
 def _bar(x, top, c, text):
-    return (f"<div style='display:flex;align-items:center;font-size:12px'><div style='height:12px;width:{180 * max(x, 0) / max(top, 1e-9):.0f}px;background:{c}'></div>&nbsp;{html.escape(text)}</div>")
+    return (f"<div style='display:flex;align-items:center;font-size:12px;white-space:nowrap'><div style='flex:none;height:12px;width:{150 * max(x, 0) / max(top, 1e-9):.0f}px;background:{c}'></div>&nbsp;{html.escape(text)}</div>")
 
 # %% ../nbs/17_widgets.ipynb #17-widge-024
 def training_images(
@@ -269,7 +269,7 @@ def _do(self: Inspector, f, *_):
     except ProtoQuantError as e: self.say(str(e), bad=True)
 
 def _button(self, text, f, **kw):
-    b = W.Button(description=text, layout=W.Layout(width=kw.pop("width", "auto")), **kw)
+    b = W.Button(description=text, layout=W.Layout(width=kw.pop("width", "auto"), flex="0 0 auto"), **kw)
     b.on_click(partial(self._do, f))
     return b
 
@@ -365,12 +365,13 @@ def _thumb(self: Inspector, code, side=96):
 
 @patch
 def _label_cards(self: Inspector):
-    t, by, off = self.catalogue.table, self.sort.value, self._editor.off if self._editor else {}
+    t, by, off, k = self.catalogue.table, self.sort.value, self._editor.off if self._editor else {}, _one(self.of_class)
     for card in self.cards:
         if (c := card["code"]) is None: continue
         card["button"].description, card["button"].button_style = f"code {c}" + (" off" if c in off else ""), "danger" if c in off else ""
         more = f"<br>{by} {t[by][c]:.3g}" if by in ("usage", "purity") else ""
-        card["text"].value = f"<div style='font-size:11px;line-height:1.3'>{html.escape(short(t['class'][c], 15))} {t.weight[c]:.2f}{more}</div>"
+        name, w = (t["class"][c], t.weight[c]) if k is None else (self.model.class_names[k], self.catalogue.weights[k, c])
+        card["text"].value = f"<div style='font-size:11px;line-height:1.3'>{html.escape(short(name, 15))} {w:.2f}{more}</div>"
 
 # %% ../nbs/17_widgets.ipynb #17-widge-031
 @patch
@@ -423,7 +424,7 @@ def _explainer(self: Inspector):
     self.map.layout.display = "none"
     show = _button(self, "explain", lambda: self.choose(self.pick.value), button_style="primary")
     return W.VBox([W.HBox([self.pick, self.pick_class, show, self.flip_button, self.uploader]), self.headline,
-                   W.HBox([self.boxes, W.VBox([self.bars, self.probabilities]), self.map])])
+                   W.HBox([self.boxes, W.VBox([self.bars, self.probabilities], layout=W.Layout(flex="0 0 auto")), self.map], layout=W.Layout(align_items="flex-start"))])
 
 @patch
 def choose(self: Inspector, row: int):

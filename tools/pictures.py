@@ -122,18 +122,18 @@ def widget(run, row, code, out, browser):
         (work/"widget.ipynb").write_text(B.notebook([CELL.format(folder=str(Path(run.folder).resolve())), SHOW]))
         with B.jupyterlab(root, work) as (url, token), B.chromium(browser, 1100, 1500) as page:
             B.open_and_run(page, url, token, "widget.ipynb", 2)
-            clicked(page, run.data.class_names[int(run.data.test.labels[row])], row, code, out)
+            clicked(page, run.model.class_names[int(run.model.weight[:, code].argmax())], row, code, out)
 
 
 def looked_at(run):
-    "The three images to explain, the one that the widget shows, and the code to switch off: that on which most answers of its class hang."
+    "The three images to explain; the code on which most right answers hang; the surest image that is lost without it, or the first of the three."
     from protoquant.editing import Editor
     from protoquant.features import extract
     editor = Editor(run.model, extract(run.model.backbone, run.data.test, run.model.transform), run.data.test)
-    rows = chosen(editor.logits, editor.labels)
-    label = int(editor.labels[rows[0]])
-    found = editor.impact(editor.codes_of(label), class_id=label)
-    return rows, rows[0], int(found.code[found.became_wrong.argmax()])
+    rows, found = chosen(editor.logits, editor.labels), editor.impact()
+    code = int(found.code[found.became_wrong.argmax()])
+    sure, lost = editor.logits.softmax(1).amax(1), editor.switch_off(code).flips().query("effect == 'became wrong'").row.tolist()
+    return rows, max(lost, key=lambda i: float(sure[i]), default=rows[0]), code
 
 
 def main(argv=None):
