@@ -43,8 +43,8 @@ lab: setup        ## JupyterLab on the notebooks
 readme: setup     ## README.md from nbs/index.ipynb
 	@$(BIN)/python tools/readme.py
 
-refresh: setup   ## outputs of run_*.ipynb and the README's pictures, by running them on ToyBirds (ONLY=cub,purity for some)
-	@$(BIN)/python tools/refresh.py $(ONLY)
+refresh: setup   ## outputs of run_*.ipynb and README pictures, by running them on ToyBirds (ONLY=cub,purity for some; RESULTS=folder of smoke runs)
+	@$(BIN)/python tools/refresh.py $(ONLY) $(if $(RESULTS),--results $(RESULTS))
 
 clean-notebooks: setup ## remove what changes with every run from the notebooks
 	@$(BIN)/nbdev_clean

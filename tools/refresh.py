@@ -1,4 +1,8 @@
-"""The committed outputs of nbs/run_*.ipynb and the README's pictures, made by real runs on ToyBirds (make refresh [ONLY=cub,purity])."""
+"""The committed outputs of nbs/run_*.ipynb and the README's pictures, made by real runs on ToyBirds (make refresh [ONLY=cub,purity] [RESULTS=folder]).
+
+run_cub is run as in `make demo`. All others have the outputs of their first row at the scale `smoke` of the manifest, so that they are those of `make paper`;
+with RESULTS a folder of such runs is used, and only what is missing there is run."""
+import argparse
 import json
 import os
 import shutil
@@ -9,10 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-FIGURES = dict(cub={"explanation.png": "toybirds_explanation.png", "prototypes_0.png": "toybirds_prototypes.png"})   # of each experiment: figure -> name in paper_figures
-FEWER = dict(misalignment=dict(n_images=100, n_images_pgd=8),      # where ToyBirds at the defaults would take an hour
-             blackbox=dict(classes=8, n_train_per_class=12, n_test_per_class=6, epochs=8, warmup=2, mixup=0, cutmix=0, img_size=128))
-RECORDS = dict(cub="toybirds_run.json")                     # records that the README's pictures come from
+FIGURES = {"explanation.png": "toybirds_explanation.png", "prototypes_0.png": "toybirds_prototypes.png"}   # of run_cub: figure -> name in paper_figures
 
 
 def keep_outputs(source, executed):
@@ -22,37 +23,67 @@ def keep_outputs(source, executed):
     for c in nb["cells"]:
         if c["cell_type"] == "code":
             got = done[c["id"]]
+            if "".join(got["source"]) != "".join(c["source"]) and "parameters" not in c["metadata"].get("tags", []):
+                raise SystemExit(f"refresh: {source.name} has changed since it was run (cell {c['id']}); run it again")
             c["outputs"] = [o for o in got["outputs"] if o.get("name") != "stderr"]
             c["execution_count"] = None
     source.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
 
 
-def refresh(name, results, nbs):
-    "Run one experiment on ToyBirds, take over its outputs, pictures and record; returns the exit status."
-    out = results/f"{name}.ipynb"
-    command = [str(BIN/"protoquant"), "run", name, "-p", "dataset", "toybirds", "-p", "output_dir", str(results), "--output", str(out)]
-    command += [w for k, v in FEWER.get(name, {}).items() for w in ("-p", k, str(v))]
-    if status := subprocess.run(command, cwd=ROOT).returncode:
-        return status
-    keep_outputs(nbs/f"run_{name}.ipynb", out)
-    folder = max((p.parent for p in results.glob(f"{name}/*/run.json")), key=lambda p: p.stat().st_mtime)
-    (ROOT/"paper_figures").mkdir(exist_ok=True)
-    wanted = {folder/"figures"/f: to for f, to in FIGURES.get(name, {}).items()} | ({folder/"run.json": RECORDS[name]} if name in RECORDS else {})
-    for path, to in wanted.items():
-        shutil.copy(path, ROOT/"paper_figures"/to)
+def clean(name):
+    "nbdev_clean of one experiment; returns the exit status."
     return subprocess.run([str(BIN/"nbdev_clean"), "--fname", f"nbs/run_{name}.ipynb"], cwd=ROOT, env=dict(os.environ)).returncode
 
 
+def demo(results, nbs):
+    "run_cub on all of ToyBirds: outputs, README's pictures and the record behind them; returns the exit status."
+    out = results/"cub.ipynb"
+    if status := subprocess.run([str(BIN/"protoquant"), "run", "cub", "-p", "dataset", "toybirds", "-p", "output_dir", str(results), "--output", str(out)], cwd=ROOT).returncode:
+        return status
+    keep_outputs(nbs/"run_cub.ipynb", out)
+    out.unlink()
+    folder = max((p.parent for p in results.glob("cub/*/run.json")), key=lambda p: p.stat().st_mtime)
+    (ROOT/"paper_figures").mkdir(exist_ok=True)
+    for path, to in {**{folder/"figures"/f: to for f, to in FIGURES.items()}, folder/"run.json": "toybirds_run.json"}.items():
+        shutil.copy(path, ROOT/"paper_figures"/to)
+    return clean("cub")
+
+
+def smoke(names, results, nbs):
+    "Outputs of the other experiments, from the manifest's smoke rows; returns the exit status."
+    from protoquant.manifest import found_runs, read_manifest
+    rows = {r.experiment: r for r in reversed(read_manifest("smoke"))}          # the first of each
+    if unknown := set(names) - set(rows):
+        print(f"refresh: the manifest has no smoke row of {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    only = sorted({a for n in names for a in rows[n].serves})
+    if status := subprocess.run([str(BIN/"protoquant"), "reproduce", "--scale", "smoke", "--no-draw", "--only", ",".join(only), "--output-dir", str(results)], cwd=ROOT).returncode:
+        return status
+    found = found_runs([rows[n] for n in names], results)
+    for n in names:
+        executed = found[rows[n].id]["folder"]/"executed.ipynb"
+        if not executed.exists():
+            print(f"refresh: {executed} is missing: the record came without its notebook; delete the record, or give another RESULTS", file=sys.stderr)
+            return 2
+        keep_outputs(nbs/f"run_{n}.ipynb", executed)
+    return max(map(clean, names))
+
+
 def main(argv):
-    "Refresh the experiments named, or all; they share a temporary results folder, so that a model is trained once."
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("only", nargs="*", help="experiments, separated by commas or spaces (all)")
+    p.add_argument("--results", help="folder of smoke runs to use and to complete (a temporary one)")
+    args = p.parse_args(argv)
     nbs = ROOT/"nbs"
-    every = sorted((p.stem[4:] for p in nbs.glob("run_*.ipynb")), key=lambda n: (n != "cub", n))
-    names = [n for a in argv for n in a.split(",") if n] or every
+    every = sorted(q.stem[4:] for q in nbs.glob("run_*.ipynb"))
+    names = [n for a in args.only for n in a.split(",") if n] or every
     if unknown := set(names) - set(every):
         print(f"refresh: there is no experiment {', '.join(sorted(unknown))}; there are {', '.join(every)}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as tmp:
-        return max(refresh(n, Path(tmp), nbs) for n in names)
+        status = demo(Path(tmp), nbs) if "cub" in names else 0
+        others = [n for n in names if n != "cub"]
+        return max(status, smoke(others, Path(args.results or tmp).resolve(), nbs) if others else 0)
 
 
 if __name__ == "__main__":
