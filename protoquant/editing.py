@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from .codebook import Codebook
@@ -22,7 +24,7 @@ from .datasets import ImageSet
 from .explain import Explanation, check_code, class_number, explain_tokens, to_full_image
 from .features import Tokens
 from .head import NonNegLinear, _logsumexp
-from .metrics import duplicate_codes, duplicate_groups
+from .metrics import duplicate_codes
 from .model import ProtoQuant
 from .pruning import physical_prune
 
@@ -533,7 +535,10 @@ def duplicates(self: Draft,
 ) -> list:                    # groups of codes that are on
     "Codes that could be merged."
     pairs = duplicate_codes(self.model.book, threshold)
-    return duplicate_groups(pairs[~pairs.a.isin(list(self.off)) & ~pairs.b.isin(list(self.off))])
+    a, b = pairs[~pairs.a.isin(list(self.off)) & ~pairs.b.isin(list(self.off))][["a", "b"]].to_numpy().T
+    _, group = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(self.n_codes,) * 2), directed=False)      # a collapsed codebook has a million pairs
+    joined = np.unique(np.concatenate([a, b]))
+    return sorted(joined[group[joined] == g].tolist() for g in np.unique(group[joined]))
 
 # %% ../nbs/16_editing.ipynb #16-editi-051
 @patch

@@ -294,6 +294,16 @@ def test_flips_and_classes_count_what_changed():
     with pytest.raises(ConfigError, match="since"): editor.flips("yesterday")
 
 
+def test_groups_of_duplicates_are_those_of_the_metric():
+    from protoquant.metrics import duplicate_codes, duplicate_groups
+    codes = randn(40, D, seed=3)[torch.randint(25, (40,), generator=gen(4))] + .02 * randn(40, D, seed=5)
+    m = ProtoQuant(Net(), Codebook(codes), NonNegLinear(K, 40, gen(0), .2, 1.), .1)
+    for threshold in (.99, .5, -1., 1.):
+        assert E.Draft(m).duplicates(threshold) == duplicate_groups(duplicate_codes(m.book, threshold))
+    off = E.Draft(m).duplicates(.9)[0][0]
+    assert not any(off in g for g in E.Draft(m).switch_off(off).duplicates(.9)) and E.Draft(m).switch_off(list(range(40))).duplicates(.9) == []
+
+
 def test_a_class_without_codes_is_allowed_and_told():
     editor = E.Editor(model(), images())
     assert editor.notes == []
