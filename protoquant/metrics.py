@@ -22,7 +22,7 @@ from .core import ConfigError
 from .codebook import Codebook, grounding, usage
 from .features import Tokens
 from .head import presence_of
-from .training import accuracy, calibrated_loss
+from .training import accuracy, calibrated_loss, soft_labels
 
 # %% ../nbs/13_metrics.ipynb #13-metri-005
 def head_logits(
@@ -231,9 +231,11 @@ def images_needed(self: SeedDifference,
 def calibrated_losses(
     logits: Tensor,   # (n, k) of held-out images
     labels: Tensor,   # (n,)
+    smoothing: float = .1,
 ) -> Tensor:          # (n,)
-    "Cross entropy of each image after the best rescaling of all logits; its mean is `training.calibrated_loss`."
-    each = [F.cross_entropy(a * logits, labels, reduction="none") for a in torch.logspace(-1, 1.48, 60)]
+    "Cross entropy of each image with smoothed labels, after the best rescaling of all logits. Without smoothing its mean is `training.calibrated_loss`."
+    target = soft_labels(labels, logits.shape[1], smoothing)
+    each = [F.cross_entropy(a * logits, target, reduction="none") for a in torch.logspace(-1, 1.48, 60)]
     return min(each, key=lambda l: float(l.mean()))
 
 @dataclass

@@ -37,7 +37,22 @@ def test_equal_sizes_give_the_smallest():
 
 def test_the_mean_is_the_calibrated_loss():
     l, y = randn(30, 3), torch.arange(30) % 3
-    assert float(calibrated_losses(l, y).mean()) == pytest.approx(calibrated_loss(l, y), abs=1e-6)
+    assert float(calibrated_losses(l, y, 0).mean()) == pytest.approx(calibrated_loss(l, y), abs=1e-6)
+
+
+def test_losses_against_a_loop():
+    l, y = randn(12, 3, seed=1), torch.arange(12) % 3
+    target = [[1 - .2 + .2 / 3 if c == int(k) else .2 / 3 for c in range(3)] for k in y]
+    at = lambda a: [-sum(t * float((a * row).log_softmax(0)[c]) for c, t in enumerate(ts)) for row, ts in zip(l, target)]
+    want = min((at(float(a)) for a in torch.logspace(-1, 1.48, 60)), key=sum)
+    assert calibrated_losses(l, y, .2).tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_right_everywhere_is_not_the_end():
+    y = torch.arange(30) % 3
+    even, weak = 9. * torch.eye(3)[y], 9. * torch.eye(3)[y] * torch.linspace(.3, 1.7, 30)[:, None]
+    assert choose_size({5: calibrated_losses(weak, y, 0), 50: calibrated_losses(even, y, 0)}).size == 5       # both 0: nothing speaks against the smaller
+    assert choose_size({5: calibrated_losses(weak, y), 50: calibrated_losses(even, y)}).size == 50
 
 
 @pytest.mark.parametrize("losses,says", [({}, "no codebook size"), ({1: [1., 2.], 2: [1.]}, "same held-out"), ({1: [1.]}, "two at least"), ({1: [1., float("nan")]}, "not finite")])
