@@ -222,7 +222,7 @@ def replay(
 # %% ../nbs/16_editing.ipynb #16-editi-024
 ONE = 2.**52          # whole numbers that stand for a share of 1
 BUDGET = 490 << 20    # bytes that the state should not exceed
-LOSSY = 1/4           # part of the tokens: if more lose much, presence is computed afresh
+LOSSY = 1/8           # part of the tokens: if more lose much, presence is computed afresh
 
 class Survey:
     "Presence of all codes in stored images, prepared for the removal of codes."
@@ -410,7 +410,7 @@ class Editor(Draft):
         return self._sum.masked_fill(~(self._shown > 0).any(1), 0)
 
 # %% ../nbs/16_editing.ipynb #16-editi-034
-MANY = 1/8   # part of the codes: if more have left the denominator, presence is computed afresh and their shares need not be known
+MANY = 1/16  # part of the codes: if more have left the denominator, presence is computed afresh and their shares need not be known
 
 @patch
 def _loss(self: Editor):
@@ -436,9 +436,11 @@ def _columns(self: Editor, weight):
     "Bring the logits from the weights they were made with to others."
     for m in (weight != self._shown).any(0).nonzero()[:, 0].tolist():
         c = (weight[:, m] != self._shown[:, m]).nonzero()[:, 0]
-        change = _whole(self.presence[:, m], weight[c, m]).sub_(_whole(self.presence[:, m], self._shown[c, m]))
-        if len(c) == len(weight): self._sum += change
-        else: self._sum[:, c] += change
+        for w, add in ((weight[c, m], True), (self._shown[c, m], False)):
+            if not w.any(): continue
+            to, change = self._sum if len(c) == len(weight) else self._sum[:, c], _whole(self.presence[:, m], w)
+            to = to.add_(change) if add else to.sub_(change)
+            if len(c) < len(weight): self._sum[:, c] = to
     self._shown = weight
 
 @patch

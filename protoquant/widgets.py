@@ -190,8 +190,9 @@ def boxed(
     colours=None,        # by rank where None
     side: int = 320,     # longest side of the result
 ) -> Image.Image:
-    "A reduced copy with numbered boxes."
-    out = reduced(im, side).copy()
+    "A copy of this size with numbered boxes."
+    f = side / max(im.size)
+    out = reduced(im, side).copy() if f <= 1 else im.resize([max(1, round(v * f)) for v in im.size], Image.Resampling.BICUBIC)
     f, draw = out.width / im.width, ImageDraw.Draw(out)
     for i, b in reversed(list(enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4) * f))):
         c = colours[i] if colours else colour(i)

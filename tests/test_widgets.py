@@ -218,6 +218,12 @@ def test_uploads_of_any_kind_become_rgb(content, check, view):
     assert "x.png" in view.headline.value and view.message.value.count("B00020") == 0
 
 
+def test_boxes_on_a_tiny_picture_are_drawn_on_its_enlargement():
+    im = W.boxed(Image.new("RGB", (8, 6), "white"), [(0, 0, 4, 3)])
+    assert im.size == (320, 240) and im.getpixel((120, 60)) == (255, 255, 255) and im.getpixel((160, 60)) != (255, 255, 255)
+    assert W.boxed(Image.new("RGB", (640, 480), "white"), [], side=100).size == (100, 75)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind, mode", (("JPEG", "RGB"), ("PNG", "RGBA")))
 def test_a_rotated_photograph_stands_upright(orientation, kind, mode):
