@@ -567,12 +567,17 @@ def _panels(ours, paper, comparable, height=2.9):
     return fig, axes[0, 0], axes[0, -1]
 
 # %% ../nbs/22_figures.ipynb #22-figur-058
+def _percent(ax):
+    "No room for accuracies above 100 %."
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, min(high, 100.4))
+
 def _sizes_axis(ax, codes):
     "A log axis with the sizes that were run."
     ax.set_xscale("log", base=2)
     codes = sorted(set(codes))
     ax.set_xticks(codes, [f"{c/1000:g}k" if c >= 1000 else str(c) for c in codes]); ax.minorticks_off()
-    ax.set(xlabel="codes", ylabel="top-1 accuracy (%)"); ax.grid(axis="y")
+    ax.set(xlabel="codes", ylabel="top-1 accuracy (%)"); ax.grid(axis="y"); _percent(ax)
 
 def _legend(fig, axes):
     "One for all panels, below them."
@@ -670,7 +675,7 @@ def sparsity_figure(
         for t, mine in side:
             _curves(top, _places(t, order), "x", Series("kind", KINDS.values()), mine)
             _codes_lines(low, _places(t, order), mine)
-        top.set_title(name); top.set(ylabel="top-1 accuracy (%)"); top.grid(axis="y")
+        top.set_title(name); top.set(ylabel="top-1 accuracy (%)"); top.grid(axis="y"); _percent(top)
         low.set_xticks(range(len(order)), ["all" if k == "full" else k for k in order]); low.set(xlabel="codes a class, K")
     _legend(fig, axes[0])
     return fig
