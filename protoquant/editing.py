@@ -222,7 +222,7 @@ def replay(
 # %% ../nbs/16_editing.ipynb #16-editi-024
 ONE = 2.**52          # whole numbers that stand for a share of 1
 BUDGET = 490 << 20    # bytes that the state should not exceed
-LOSSY = 1/2           # part of the tokens: if more lose much, presence is computed afresh
+LOSSY = 3/4           # part of the tokens: if more lose much, presence is computed afresh
 
 class Survey:
     "Presence of all codes in stored images, prepared for the removal of codes."
