@@ -421,11 +421,11 @@ def _explainer(self: Inspector):
     self.pick_class.observe(lambda c: self._do(self.show_explanation), "value")
     self.uploader.observe(lambda c: self._do(self.take_upload), "value")
     self.headline, self.probabilities, self.bars, self.explained = W.HTML(), W.HTML(), W.VBox([]), False
-    self.boxes, self.map = (W.Image(format="jpeg", layout=W.Layout(width="320px", object_fit="contain")) for _ in range(2))
+    self.boxes, self.map = (W.Image(format="jpeg", layout=W.Layout(flex="1 1 240px", max_width="320px", height="auto", object_fit="contain")) for _ in range(2))
     self.map.layout.display = "none"
     show = _button(self, "explain", lambda: self.choose(self.pick.value), button_style="primary")
     return W.VBox([W.HBox([self.pick, self.pick_class, show, self.flip_button, self.uploader]), self.headline,
-                   W.HBox([self.boxes, W.VBox([self.bars, self.probabilities], layout=W.Layout(flex="0 0 auto")), self.map], layout=W.Layout(align_items="flex-start"))])
+                   W.HBox([self.boxes, W.VBox([self.bars, self.probabilities], layout=W.Layout(flex="0 0 auto")), self.map], layout=W.Layout(align_items="flex-start", flex_flow="row wrap"))])      # a narrow page has the map below
 
 @patch
 def choose(self: Inspector, row: int):
@@ -482,7 +482,7 @@ def show_explanation(self: Inspector):
 def show_map(self: Inspector, i: int):
     "The map of a contributing code, and its page in the browser."
     ex, im = self.explanation()
-    small = reduced(im, 320)
+    small = boxed(im, [])      # as large as the picture beside it
     f = small.width / im.width
     self.map.value = jpeg(Image.fromarray((255 * overlay(small, ex.map[i], [v * f for v in ex.extent], vmax=ex.map.max())).astype(np.uint8)))
     self.map.layout.display = "block"

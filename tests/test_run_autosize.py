@@ -26,9 +26,9 @@ def test_choice_against_a_loop(n, k, slack, seed):
         d = [a - b for a, b in zip(losses[m], losses[best])]
         se = (sum((x - mean(d))**2 for x in d) / (n - 1) / n)**.5
         if want is None and mean(d) <= slack * se + 1e-12: want = m
-    c = choose_size(losses, slack)
-    assert c.size == want and c.lowest == best and choose_size(losses, 0).size == best and list(c.table["size"]) == sizes
-    assert choose_size({m: l * 7 for m, l in losses.items()}, slack).size == want            # the unit of the loss does not matter
+    c = choose_size(losses, "smallest", slack)
+    assert c.size == want and c.by["lowest"] == best == choose_size(losses).size == choose_size(losses, "smallest", 0).size and list(c.table["size"]) == sizes
+    assert want <= c.by["middle"] in set(c.table["size"][c.table.near]) and choose_size({m: l * 7 for m, l in losses.items()}, "smallest", slack).size == want      # the unit of the loss does not matter
 
 
 def test_equal_sizes_give_the_smallest():
@@ -58,6 +58,7 @@ def test_right_everywhere_is_not_the_end():
 @pytest.mark.parametrize("losses,says", [({}, "no codebook size"), ({1: [1., 2.], 2: [1.]}, "same held-out"), ({1: [1.]}, "two at least"), ({1: [1., float("nan")]}, "not finite")])
 def test_losses_that_cannot_be_compared_are_refused(losses, says):
     with pytest.raises(ConfigError, match=says): choose_size(losses)
+    with pytest.raises(ConfigError, match="not one of"): choose_size({1: [1., 2.]}, "best")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_sweep_chooses_without_the_test_images(tmp):
     assert set(seen["size"]) == {6, 12, 24} and len(seen) == 3 * 8 and rec["n_images"] == dict(train=24, val=8, test=12) and "top1_M100000" not in m
     choice = choose_size({s: t.loss for s, t in seen.groupby("size")})
     top1 = {s: 100 * test[f"M{s}"].mean() for s in (6, 12, 24)}
-    assert m["chosen_size"] == choice.size and m["top1_chosen"] == pytest.approx(top1[choice.size]) and m["top1_best"] == pytest.approx(max(top1.values()))
+    assert m["chosen_size"] == choice.size == m["size_lowest"] and m["size_smallest"] == choice.by["smallest"] and m["top1_chosen"] == pytest.approx(top1[choice.size]) and m["top1_best"] == pytest.approx(max(top1.values()))
     assert m["gap"] == pytest.approx(m["top1_best"] - m["top1_chosen"]) and m["gap"] >= 0 and m["gap_low"] <= m["gap"] <= m["gap_high"]
     for s, t in seen.groupby("size"): assert m[f"criterion_M{s}"] == pytest.approx(t.loss.mean()) and m[f"val_top1_M{s}"] == pytest.approx(100 * t.right.mean()) and m[f"top1_M{s}"] == pytest.approx(top1[s])
     assert "100000 codes are left out" in (folder/"executed.ipynb").read_text() and (folder/"figures/autosize.png").exists() and str(tmp) not in (folder/"run.json").read_text()
@@ -90,7 +91,7 @@ def test_parts_hold_out_every_training_image_once(tmp):
 
 def test_sizes_that_cannot_be_are_refused(tmp):
     before = records(tmp, "autosize")
-    for bad, says in ((dict(sizes="6,x"), "whole numbers"), (dict(sizes="0,6"), "at least one code"), (dict(sizes="90000"), "fewer than the smallest"), (dict(sizes="6", parts=1), "2 and more")):
+    for bad, says in ((dict(sizes="6,x"), "whole numbers"), (dict(sizes="0,6"), "at least one code"), (dict(sizes="90000"), "fewer than the smallest"), (dict(sizes="6", parts=1), "2 and more"), (dict(sizes="6", rule="best"), "not one of")):
         r = run_experiment("autosize", tmp, codebook_size=None, **bad)
         assert r.returncode and says in r.stderr
     assert records(tmp, "autosize") == before
