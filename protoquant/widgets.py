@@ -421,7 +421,7 @@ def _explainer(self: Inspector):
     self.pick_class.observe(lambda c: self._do(self.show_explanation), "value")
     self.uploader.observe(lambda c: self._do(self.take_upload), "value")
     self.headline, self.probabilities, self.bars, self.explained = W.HTML(), W.HTML(), W.VBox([]), False
-    self.boxes, self.map = (W.Image(format="jpeg", layout=W.Layout(flex="1 1 240px", max_width="320px", height="auto", object_fit="contain")) for _ in range(2))
+    self.boxes, self.map = (W.Image(format="jpeg", layout=W.Layout(flex="1 1 240px", min_width="200px", max_width="320px", height="auto", object_fit="contain")) for _ in range(2))
     self.map.layout.display = "none"
     show = _button(self, "explain", lambda: self.choose(self.pick.value), button_style="primary")
     return W.VBox([W.HBox([self.pick, self.pick_class, show, self.flip_button, self.uploader]), self.headline,
