@@ -123,8 +123,9 @@ class Codebook(nn.Module):
         "Damped cosine of every token with every code. Raises `ConfigError` where the number of channels differs."
         return self.space.damped(z) @ self.directions().T
     def assign(self, z):
-        "Number of the most similar code of each token (Eq. 3). A token's length does not change it, so it is not computed."
-        return (self.space.project(z) @ self.directions()[:len(self)].T).argmax(-1)
+        "Number of the most similar code of each token (Eq. 3), in bounded memory. A token's length does not change it, so it is not computed."
+        x, codes = self.space.project(z).reshape(-1, self.space.rank), self.directions()[:len(self)].T
+        return torch.cat([(b @ codes).argmax(-1) for b in x.split(max(512, (64 << 20) // (4 * len(self))))]).reshape(z.shape[:-1])
     def quantise(self, z):
         "Each token replaced by its raw code."
         return self.codes[self.assign(z)]
@@ -352,8 +353,7 @@ def usage(
 ) -> Usage:
     "Count the tokens of each code (Eq. 3)."
     counts = torch.zeros(len(book), dtype=torch.long)
-    for _, u in Directions(tokens, book.space, budget=0):
-        counts += torch.bincount((u @ book.directions()[:len(book)].T).argmax(1), minlength=len(book))
+    for _, z in tokens.batches(max(1, 8192 // tokens.positions)): counts += torch.bincount(book.assign(z).flatten(), minlength=len(book))
     return Usage(counts)
 
 # %% ../nbs/05_codebook.ipynb #05-codeb-052
