@@ -14,8 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from .codebook import Codebook
@@ -24,7 +22,7 @@ from .datasets import ImageSet
 from .explain import Explanation, check_code, class_number, explain_tokens, to_full_image
 from .features import Tokens
 from .head import NonNegLinear, _logsumexp
-from .metrics import duplicate_codes
+from .metrics import duplicate_codes, duplicate_groups
 from .model import ProtoQuant
 from .pruning import physical_prune
 
@@ -346,6 +344,13 @@ def afresh(self: Survey,
         s[a:a + per, left] = logit[:, :len(left)].sub_(lse[:, None]).unflatten(0, u.shape[:2]).amax(1).exp_()
     return s
 
+# %% ../nbs/16_editing.ipynb #16-editi-028b
+def _largest(i, p):
+    "Images among the sorted numbers i, and the largest rows of p of each."
+    rows, counts = i.unique_consecutive(return_counts=True)
+    return rows.tolist(), [q.amax(0) for q in p.split(counts.tolist())]
+
+# %% ../nbs/16_editing.ipynb #16-editi-028c
 @patch
 @torch.no_grad()
 def without(self: Survey,
@@ -373,11 +378,6 @@ def without(self: Survey,
     for row, q in best.items(): torch.maximum(s[row], q, out=s[row])
     s[:, removed] = 0
     return s
-
-def _largest(i, p):
-    "Images among the sorted numbers i, and the largest rows of p of each."
-    rows, counts = i.unique_consecutive(return_counts=True)
-    return rows.tolist(), [q.amax(0) for q in p.split(counts.tolist())]
 
 # %% ../nbs/16_editing.ipynb #16-editi-033
 SCALE = 2.**40   # whole numbers that stand for a logit of 1
@@ -537,10 +537,7 @@ def duplicates(self: Draft,
 ) -> list:                    # groups of codes that are on
     "Codes that could be merged."
     pairs = duplicate_codes(self.model.book, threshold)
-    a, b = pairs[~pairs.a.isin(list(self.off)) & ~pairs.b.isin(list(self.off))][["a", "b"]].to_numpy().T
-    _, group = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(self.n_codes,) * 2), directed=False)      # a collapsed codebook has a million pairs
-    joined = np.unique(np.concatenate([a, b]))
-    return sorted(joined[group[joined] == g].tolist() for g in np.unique(group[joined]))
+    return duplicate_groups(pairs[~pairs.a.isin(list(self.off)) & ~pairs.b.isin(list(self.off))])
 
 # %% ../nbs/16_editing.ipynb #16-editi-051
 @patch

@@ -15,6 +15,8 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from scipy import stats
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 import torch.nn.functional as F
 
@@ -86,14 +88,12 @@ def duplicate_groups(
     pairs: pd.DataFrame,   # from `duplicate_codes`
 ) -> list:                 # sorted lists of codes
     "Codes joined by a chain of duplicates."
-    root = {}
-    def find(x):
-        while root.setdefault(x, x) != x: x = root[x]
-        return x
-    for a, b in zip(pairs.a, pairs.b): root[find(int(b))] = find(int(a))
-    groups = {}
-    for x in list(root): groups.setdefault(find(x), []).append(x)
-    return sorted(sorted(g) for g in groups.values())
+    if not len(pairs): return []
+    codes, at = np.unique(pairs[["a", "b"]].to_numpy(int), return_inverse=True)
+    a, b = at.reshape(-1, 2).T
+    _, group = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(len(codes),) * 2), directed=False)      # a collapsed codebook has a million pairs
+    by = codes[np.argsort(group, kind="stable")]
+    return sorted(g.tolist() for g in np.split(by, np.cumsum(np.bincount(group))[:-1]))
 
 # %% ../nbs/13_metrics.ipynb #13-metri-013
 def codebook_report(
