@@ -406,7 +406,10 @@ def project(
         _deal(v, i, left, token, cos, free)
         k *= 8
     img, pos = torch.from_numpy(token // tokens.positions), torch.from_numpy(token % tokens.positions)
-    codes = torch.stack([tokens.read([int(a)])[0, int(b)] for a, b in zip(img, pos)])
+    codes = torch.empty(len(book), tokens.d)
+    for m in img.argsort(stable=True).split(512):            # the images of 512 tokens at a time
+        near, which = img[m].unique(return_inverse=True)
+        codes[m] = tokens.read(near)[which, pos[m]]
     return Projection(codes, img, pos, torch.from_numpy(cos))
 
 # %% ../nbs/05_codebook.ipynb #05-codeb-058
@@ -432,13 +435,15 @@ def nearest_patches(
     n, M = min(n, len(tokens)), len(book)
     v, i, p = torch.full((M, n), -2.), torch.zeros(M, n, dtype=torch.long), torch.zeros(M, n, dtype=torch.long)
     want, space = book.directions()[:M].to(device), book.space.to(device)
-    per = max(1, (64 << 20) // (4 * M * tokens.positions))
+    per, wait = max(1, (64 << 20) // (4 * M * tokens.positions)), max(1, (128 << 20) // (12 * M))   # images at a time, images to merge at once
+    new = []
     for rows, z in tokens.batches(per, device):
         s, pos = (space(z) @ want.T).max(1)      # (b, M)
-        allv = torch.cat([v, s.T.cpu()], 1)
+        new.append((s.T.cpu(), rows.expand(M, -1), pos.T.cpu()))
+        if sum(r.shape[1] for _, r, _ in new) < wait and int(rows[-1]) < len(tokens) - 1: continue
+        allv, alli, allp = (torch.cat(t, 1) for t in zip((v, i, p), *new))
         order = allv.argsort(dim=1, descending=True, stable=True)[:, :n]
-        v, i = allv.gather(1, order), torch.cat([i, rows.expand(M, -1)], 1).gather(1, order)
-        p = torch.cat([p, pos.T.cpu()], 1).gather(1, order)
+        v, i, p, new = *(t.gather(1, order) for t in (allv, alli, allp)), []
     return PatchIndex(i, p, v, tokens.grid, list(tokens.ids))
 
 # %% ../nbs/05_codebook.ipynb #05-codeb-062

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ProtoQuantError', 'ConfigError', 'DataError', 'WeightsError', 'StoreError', 'nearest_names', 'set_seed', 'generator',
-           'pick_device', 'hardware', 'threads_for', 'hash_bytes', 'hash_json', 'hash_tensors', 'sha256_file',
-           'atomic_path', 'write_json', 'read_json', 'cache_dir', 'require_space', 'progress']
+           'pick_device', 'hardware', 'peak_memory', 'threads_for', 'hash_bytes', 'hash_json', 'hash_tensors',
+           'sha256_file', 'atomic_path', 'write_json', 'read_json', 'cache_dir', 'require_space', 'progress']
 
 # %% ../nbs/00_core.ipynb #00-core-002
 import contextlib, hashlib, json, os, random, shutil, sys, tempfile
@@ -78,6 +78,13 @@ def hardware(
         name = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "")
     import platform
     return f"{name or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+# %% ../nbs/00_core.ipynb #new-00_core-1-58477109
+def peak_memory() -> float:   # GiB; `None` where the system does not say
+    "Largest resident memory of this process so far."
+    try: import resource
+    except ImportError: return None               # Windows
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (30 if sys.platform == "darwin" else 20)), 2)
 
 # %% ../nbs/00_core.ipynb #00-core-016
 @contextlib.contextmanager

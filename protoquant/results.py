@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import ConfigError, DataError, hardware, hash_json, nearest_names, pick_device, read_json, write_json
+from .core import ConfigError, DataError, hardware, hash_json, nearest_names, peak_memory, pick_device, read_json, write_json
 
 # %% ../nbs/14_results.ipynb #14-resul-005
 def _literals(
@@ -303,7 +303,7 @@ def finish(
 ) -> dict:              # the record
     "Write the record. From here on the run is complete."
     if not isinstance(n_images, dict): raise ConfigError(f"n_images={n_images!r}: give the number of images by split, e.g. dict(train=1498, test=1389).")
-    r = dict(schema=SCHEMA, experiment=self.experiment, key=self.key, parameters=public_parameters(self.params), seed=self.params.get("seed"),
+    r = dict(schema=SCHEMA, experiment=self.experiment, key=self.key, parameters=public_parameters(self.params), seed=self.params.get("seed"), peak_gib=peak_memory(),
              metrics={k: _number(k, v) for k, v in metrics.items()}, n_images={k: int(v) for k, v in n_images.items()}, crop=crop,
              scale=scale or run_scale(self.params.get("dataset"), n_images, self.params.get("backbone"), self.params.get("img_size")), **environment(self._start["device"]), git=git_state(),
              data=self._start["data"], weights=self._start["weights"], recipe=self._start["recipe"], seconds=round(time.time() - self.began, 2), date=_now(),
