@@ -112,6 +112,7 @@ def presence_of(
             lse = _logsumexp(logit)
             top = logit[:, :len(book)].sub_(lse[:, None]).unflatten(0, (len(rows), -1)).amax(1)
             out[rows] = top.exp_().cpu(); bar.update(len(rows))
+            del logit                                     # before the next chunk takes its place
     return out
 
 # %% ../nbs/06_head.ipynb #06-head-024

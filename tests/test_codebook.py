@@ -291,14 +291,19 @@ book = C.Codebook(torch.randn(M, 16, generator=torch.Generator().manual_seed(1))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 if sys.argv[1] == "presence": few = tokens.subset(range(200)); head.presence_of(few.subset(range(2)), book); before = peak(); out = head.presence_of(few, book)
 if sys.argv[1] == "patches": few = tokens.subset(range(200)); C.nearest_patches(book, few.subset(range(2)), 5); before = peak(); out = C.nearest_patches(book, few, 5)
+if sys.argv[1] == "usage": C.usage(book, tokens.subset(range(2))); before = peak(); out = C.usage(book, tokens)
+if sys.argv[1] == "project":
+    wide = Tokens(torch.randn(100, 49, 512, generator=torch.Generator().manual_seed(3)).half(), torch.zeros(100), (7, 7))
+    wanted = C.Codebook(wide.read(slice(None)).flatten(0, 1)[:4096]); C.project(C.Codebook(wanted.codes[:50]), wide, candidates=1); before = peak(); out = C.project(wanted, wide, candidates=1)
 if sys.argv[1] == "kmeans": before = peak(); out = C.spherical_kmeans(C.Directions(tokens), M, torch.Generator().manual_seed(2), passes=2)
 print(json.dumps(peak() - before))
 """
 
 @pytest.mark.parametrize("what, full, limit", [
-    ("presence", 200 * 49 * 20000 * 4, 220), ("patches", 200 * 49 * 20000 * 4, 220), ("kmeans", 450 * 49 * 20000 * 4, 300)])
+    ("presence", 200 * 49 * 20000 * 4, 220), ("patches", 200 * 49 * 20000 * 4, 220), ("kmeans", 450 * 49 * 20000 * 4, 300),
+    ("usage", 450 * 49 * 20000 * 4, 220), ("project", 4096 * 49 * 512 * 4, 160)])
 def test_no_full_matrix_of_tokens_and_codes(what, full, limit):
-    "Growth of the peak in MiB; the full matrix would take `full` bytes."
+    "Growth of the peak in MiB; the full matrix (project: the images of all codes at once) would take `full` bytes."
     grown = python(PEAK, what)
     assert grown < limit < full / 2**21, f"{what} grew by {grown:.0f} MiB, the full matrix has {full / 2**20:.0f}"
 
