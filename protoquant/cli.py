@@ -8,7 +8,7 @@ __all__ = ['MAIN', 'EXAMPLES', 'find_nbs', 'experiments', 'find_experiment', 'pa
            'main']
 
 # %% ../nbs/15_cli.ipynb #15-cli-002
-import argparse, ast, contextlib, io, json, os, shutil, signal, sys, tempfile, threading, time, tokenize
+import argparse, ast, contextlib, io, json, os, shutil, signal, sys, tempfile, threading, time, tokenize, warnings
 from pathlib import Path
 
 # %% ../nbs/15_cli.ipynb #15-cli-005
@@ -258,15 +258,12 @@ def find_run(
     **same,                 # fields of the record that must be equal, e.g. weights, data
 ) -> Path:                  # folder of the newest such run; None where there is none
     "A complete run with these parameters."
-    from protoquant.core import DataError, read_json
-    from protoquant.results import PLACES, public_parameters, results_dir
-    known = lambda p: {k: v for k, v in p.items() if v is not None and (k not in PLACES or k == "weights")}      # one that a record lacks was added later: None
-    what, found = known(public_parameters(params)), []
-    for p in (results_dir(output_dir)/experiment).glob("*/run.json"):
-        with contextlib.suppress(DataError, OSError, ValueError, AttributeError, KeyError):
-            r = read_json(p)
-            fits = known(r["parameters"]) == what and all(r.get(k) == v for k, v in same.items())
-            if fits and all((p.parent/a).exists() for a in artefacts): found.append((r["date"], p.parent))
+    from protoquant.results import public_parameters, records, what_was_run
+    what = lambda p: (what_was_run(p), public_parameters(p).get("weights"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")               # a damaged record is not the run that is looked for
+        found = [(r["date"], folder) for folder, r in records(output_dir, experiment)
+                 if what(r["parameters"]) == what(params) and all(r.get(k) == v for k, v in same.items()) and all((folder/a).exists() for a in artefacts)]
     return max(found)[1] if found else None
 
 # %% ../nbs/15_cli.ipynb #15-cli-030
