@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'EXAMPLES', 'find_nbs', 'experiments', 'find_experiment', 'parameters', 'read_value', 'read_parameters',
-           'execute', 'run', 'work', 'find_run', 'require', 'results', 'datasets', 'report', 'reproduce', 'parser',
-           'main']
+           'execute', 'run', 'work', 'find_run', 'require', 'require_model', 'results', 'datasets', 'report',
+           'reproduce', 'parser', 'main']
 
 # %% ../nbs/15_cli.ipynb #15-cli-002
 import argparse, ast, contextlib, io, json, os, shutil, signal, sys, tempfile, threading, time, tokenize, warnings
@@ -289,6 +289,18 @@ def require(
         raise ConfigError(f"the run of {experiment} that this needs failed: {e.ename}: {e.evalue}; the notebook up to there: {_aside(out)}") from e
     if folder is None: raise ConfigError(f"the run of {experiment} that this needs ended without a complete record; see {_aside(out)}")
     return folder
+
+# %% ../nbs/15_cli.ipynb #new-15_cli-1-58417578
+def require_model(
+    params: dict,           # of the experiment; those that `run_cub` has too say which model
+    data,                   # `datasets.DataSet` of the experiment
+    backbone,               # `backbones.Backbone`
+    output_dir="results",
+) -> Path:                  # its folder
+    "Folder of the trained model that an experiment measures, as by `require`."
+    known = parameters(find_experiment("cub"))
+    which = {k: v for k, v in params.items() if k in known and k not in ("output_dir", "force")}
+    return require("cub", which, output_dir, data=data.fingerprints, weights=backbone.hash)
 
 # %% ../nbs/15_cli.ipynb #15-cli-033
 MAIN = ["top1_linear_probe", "top1_blackbox", "top1_quantised_head", "top1", "top1_last", "top1_topk", "codes_used", "grounding_cosine"]

@@ -192,7 +192,9 @@ class DataSet:
     @property
     def n_classes(self): return len(self.class_names)
     @property
-    def fingerprint(self): return hash_json([self.train.fingerprint, self.test.fingerprint])
+    def fingerprints(self): return dict(train=self.train.fingerprint, test=self.test.fingerprint)
+    @property
+    def fingerprint(self): return hash_json(list(self.fingerprints.values()))
     def __repr__(self):
         return f"DataSet({self.name}: {len(self.train)} train, {len(self.test)} test, {self.n_classes} classes, crop {self.crop}, resize {self.resize})"
 

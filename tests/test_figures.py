@@ -60,7 +60,7 @@ def model_run(home, backbone, size):
     from safetensors.torch import save_file
     save_file({k: v.contiguous() for k, v in net.model.state_dict().items()}, home/"blackbox"/box["key"]/"model.safetensors")
     params = dict(TOY, backbone=backbone, img_size=size, weights="/somewhere/model.safetensors")
-    record = leave(home, params, dict(top1=50., codes_topk=len(few[0])), models=models, weights=net.hash, recipe=asdict(how), data=dict(train=data.train.fingerprint, test=data.test.fingerprint))
+    record = leave(home, params, dict(top1=50., codes_topk=len(few[0])), models=models, weights=net.hash, recipe=asdict(how), data=data.fingerprints)
     rows = [Row("box", "smoke", "blackbox", dict(dataset="toybirds", backbone=backbone), ("table3",), files=("model.safetensors",)),
             Row("model", "smoke", "cub", dict(params, weights="@box/model.safetensors"), PICTURES, files=("model.safetensors", "model_topk.safetensors"))]
     return rows, record

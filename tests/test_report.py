@@ -53,7 +53,7 @@ def make_run(folder, data, backbone, params, cache, names=("model_topk.safetenso
     model = ProtoQuant(backbone, book, head, .1, data.class_names, t, index=nearest_patches(book, tokens, 4) if index else None)
     for n in names: model.save(folder/n)
     write_json(folder/"run.json", dict(schema=1, experiment="cub", key="the-key", parameters=params, metrics=dict(top1=12.25, top1_topk=50.5, codes=12, odd=None), n_images=dict(train=1, test=2),
-                                       scale="smoke", data=dict(train=data.train.fingerprint, test=data.test.fingerprint), recipe=dict(name="grounded"), git=dict(commit="abc"), **record))
+                                       scale="smoke", data=data.fingerprints, recipe=dict(name="grounded"), git=dict(commit="abc"), **record))
     return model
 
 
