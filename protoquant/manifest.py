@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'ARTEFACTS', 'NUMBER', 'FIELDS', 'PARTS', 'artefact', 'Row', 'manifest_path', 'needed', 'in_order',
-           'read_manifest', 'rows_for', 'Ledger', 'found_runs', 'measured', 'overview']
+           'read_manifest', 'rows_for', 'Ledger', 'made_by', 'found_runs', 'measured', 'overview']
 
 # %% ../nbs/19_manifest.ipynb #19-manif-002
 import itertools
@@ -210,11 +210,29 @@ class Ledger:
         for folder, r in records(output_dir):
             self.records.setdefault(r["experiment"], []).append(dict(r, folder=folder, what=_comparable(r["parameters"])))
 
-    def find(self, row: Row, defaults: dict) -> dict:
-        "The newest record of a row, with `folder`; `None` where there is none."
+    def find(self,
+        row: Row,
+        defaults: dict,    # of its notebook
+        made: str = None,  # hash of the weights that it takes, where that is known: a record of others is not its record
+    ) -> dict:             # with its `folder`; `None` where there is none
+        "The newest record of a row."
         want = _comparable({**defaults, **row.params})
-        found = [r for r in self.records.get(row.experiment, []) if r["what"] == want and all((r["folder"]/f).exists() for f in row.files)]
+        found = [r for r in self.records.get(row.experiment, []) if r["what"] == want and made in (None, r.get("weights")) and all((r["folder"]/f).exists() for f in row.files)]
         return max(found, key=lambda r: r["date"]) if found else None
+
+    def find_all(self,
+        rows: list,     # of Row, each after those it needs
+        known,          # experiment, row -> defaults of its notebook
+    ) -> dict:          # id -> record or None
+        "The records of rows. A row that takes a black box of another row counts as run only with the one that is there now."
+        out = {}
+        for r in rows: out[r.id] = self.find(r, known(r.experiment, r.id), made_by(r.params.get("weights"), out))
+        return out
+
+def made_by(weights, runs: dict) -> str:
+    "Hash of the weights in '@row/file'; `None` where `weights` is none such, or the row has not said."
+    row, file = str(weights).rpartition("/")[::2]
+    return (runs.get(row[1:]) or {}).get("made") if row.startswith("@") and file else None
 
 def _comparable(params):
     "Parameters that say what was run, the weights reduced to a file's last name or to '@file'."
@@ -229,8 +247,7 @@ def found_runs(
     start=None,            # folder in which the experiments are looked for
 ) -> dict:                 # id -> record with its `folder`, or None
     "What has been run of these rows."
-    ledger, known = Ledger(output_dir), _Known(start)
-    return {r.id: ledger.find(r, known(r.experiment, r.id)) for r in rows}
+    return Ledger(output_dir).find_all(rows, _Known(start))
 
 def measured(
     rows: list,            # of Row

@@ -17,7 +17,7 @@ import pandas as pd
 
 from . import cli
 from .core import ConfigError, DataError, StoreError, atomic_path, cache_dir, hash_bytes, hash_json, read_json, require_space, sha256_file, write_json
-from .manifest import ARTEFACTS, SCALES, Ledger, Row, _Known, artefact, needed, read_manifest, rows_for
+from .manifest import ARTEFACTS, SCALES, Ledger, Row, _Known, artefact, made_by, needed, read_manifest, rows_for
 from .results import PLACES, results_dir
 
 # %% ../nbs/20_reproduce.ipynb #20-repro-010
@@ -59,7 +59,7 @@ def look(self: Plan):
         warnings.simplefilter("always")
         self.ledger = Ledger(self.output_dir)
     self.warned = [str(w.message) for w in caught]
-    found = {r.id: self.ledger.find(r, self.known(r.experiment, r.id)) for r in self.rows}
+    found = self.ledger.find_all(self.rows, self.known)
     self.runs = {i: None if x and self.old.get(i) == _mark(x) else x for i, x in found.items()}
 
 # %% ../nbs/20_reproduce.ipynb #20-repro-013
@@ -253,7 +253,7 @@ def claim(self: Plan,
 ) -> tuple:   # (hashes of models, whether the row may train them)
     "What a row holds while it runs."
     models = self.models(row)
-    there = lambda m: self.ledger.find(Row("", self.scale, "cub", m, (), files=MODEL), self.known("cub", row.id))
+    there = lambda m: self.ledger.find(Row("", self.scale, "cub", m, (), files=MODEL), self.known("cub", row.id), made_by(m["weights"], self.runs))
     return {hash_json(m) for m in models}, row.experiment == "cub" or not all(map(there, models))
 
 # %% ../nbs/20_reproduce.ipynb #20-repro-035
@@ -423,6 +423,15 @@ def fail(self: Session, row: Row, why: str):
     self.say(f"[{n}/{self.total}] {row.id}: FAILED, {why}" + (f"\n    rows that need a failed one so far: {len(self.blocked)}" if self.blocked else ""))
 
 @patch
+def renew(self: Session):
+    "Rows that were complete with a black box that is another now: they wait too."
+    seen = {r.id for r in self.waiting} | {c.row.id for c in self.running} | {*self.done, *self.failed, *self.blocked}
+    if not (new := [r for r in self.plan.missing() if r.id not in seen]): return
+    self.waiting = [r for r in self.plan.rows if r in self.waiting or r in new]
+    self.total, self.weight = self.total + len(new), urgency([r for r in self.plan.rows if r.id in seen or r in new])
+    self.say(f"{len(new)} rows rest on weights that have been made anew: {', '.join(r.id for r in new)}")
+
+@patch
 def collect(self: Session):
     "See which rows have ended."
     for c in [c for c in self.running if c.process.poll() is not None]:
@@ -432,7 +441,7 @@ def collect(self: Session):
         if not why and self.plan.runs[c.row.id] is None: why = f"the notebook ended, but left no record with this row's parameters{' and ' + ', '.join(c.row.files) if c.row.files else ''}; log: {cli._near(c.file('.log'))}"
         elif not why and self.demanded(c.row): why = f"the run is there, but not the file that other rows take: {', '.join(sorted({f for r in self.waiting for i, f in _references(r) if i == c.row.id}))}"
         if why: self.fail(c.row, why)
-        else: self.note(c.row, c.seconds)
+        else: self.note(c.row, c.seconds); self.renew()
 
 # %% ../nbs/20_reproduce.ipynb #20-repro-047
 HEARTBEAT = 600.   # seconds between lines about what is running
@@ -653,7 +662,7 @@ def status(
     "What has been run of every table and figure at each scale."
     ledger, known = Ledger(output_dir), _Known(start)
     every = {s: read_manifest(s, manifest, start=start) for s in SCALES}
-    runs = {s: {r.id: ledger.find(r, known(r.experiment, r.id)) for r in rows} for s, rows in every.items()}
+    runs = {s: ledger.find_all(rows, known) for s, rows in every.items()}
     return pd.DataFrame([dict(artefact=a, title=ARTEFACTS[a], notebooks=_notebooks(a, every), command=f"protoquant reproduce --scale SCALE --only {a}",
                               **{k: v for s in SCALES for k, v in _stand(a, s, every[s], runs[s]).items()}) for a in ARTEFACTS])
 

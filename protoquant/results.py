@@ -300,6 +300,7 @@ def finish(
     crop: str = "",     # crop protocol of the data set, e.g. 'bbox'
     figures=(),         # files in this run's folder
     scale: str = None,  # 'smoke', 'small', 'paper'; found from the data set's name and n_images by default
+    made: str = None,   # hash of the backbone in the file that this run leaves for others, where it leaves one
 ) -> dict:              # the record
     "Write the record. From here on the run is complete."
     if not isinstance(n_images, dict): raise ConfigError(f"n_images={n_images!r}: give the number of images by split, e.g. dict(train=1498, test=1389).")
@@ -307,7 +308,7 @@ def finish(
              metrics={k: _number(k, v) for k, v in metrics.items()}, n_images={k: int(v) for k, v in n_images.items()}, crop=crop,
              scale=scale or run_scale(self.params.get("dataset"), n_images, self.params.get("backbone"), self.params.get("img_size")), **environment(self._start["device"]), git=git_state(),
              data=self._start["data"], weights=self._start["weights"], recipe=self._start["recipe"], seconds=round(time.time() - self.began, 2), date=_now(),
-             figures=[os.path.relpath(Path(f).absolute(), self.folder) for f in figures])
+             figures=[os.path.relpath(Path(f).absolute(), self.folder) for f in figures], **(dict(made=made) if made else {}))
     write_json(self.path, r)
     (self.folder/"running.json").unlink(missing_ok=True)
     return r

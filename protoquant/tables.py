@@ -646,8 +646,8 @@ def render(
     "A table from the records that are there; raises `ConfigError` for a name that is none."
     name = artefact(name)
     if name.startswith("figure"): raise ConfigError(f"{name} is a figure (protoquant.figures draws it); tables are {', '.join(TABLES)}.")
-    rows = rows_for(read_manifest(scale, start=start) if rows is None else rows, [name], needs=False)
-    runs = found_runs(rows, output_dir, start)
+    every = read_manifest(scale, start=start) if rows is None else rows
+    rows, runs = rows_for(every, [name], needs=False), found_runs(rows_for(every, [name]), output_dir, start)
     t = (_paper_table if name.startswith("table") else _beyond)(name, scale, rows, runs)
     return replace(t, runs=[r.id for r in rows if runs[r.id] is not None], missing=[r.id for r in rows if runs[r.id] is None])
 

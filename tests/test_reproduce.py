@@ -25,13 +25,15 @@ TINY = '''
 import datetime, hashlib, json, os, time
 from pathlib import Path
 
-def finish(experiment, params, files=(), **metrics):
+def finish(experiment, params, files=(), made=None, **metrics):
     what = {k: v for k, v in params.items() if k not in ("output_dir", "weights")}
     folder = Path(params["output_dir"])/experiment/hashlib.sha256(repr(what).encode()).hexdigest()[:10]
     folder.mkdir(parents=True, exist_ok=True)
-    for f in files: (folder/f).write_text("weights")
+    for f in files: (folder/f).write_text(made)
+    took = Path(str(params.get("weights")))
     about = dict(schema=1, experiment=experiment, key=folder.name, parameters=params, metrics=metrics, n_images=dict(test=3), scale="smoke", hardware="none", seconds=1,
-                 date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"), git=dict(commit=None))
+                 date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"), git=dict(commit=None),
+                 weights=took.read_text() if took.is_file() else "random", **(dict(made=made) if made else {}))
     (folder/"run.json").write_text(json.dumps(about))
     Path(os.environ["PROTOQUANT_RUN_POINTER"]).write_text(json.dumps(dict(folder=str(folder.absolute()), done=False)))
 '''
@@ -65,7 +67,7 @@ def clone(tmp_path, monkeypatch):
     (tmp_path/"settings.ini").touch()
     (tmp_path/"tiny.py").write_text(TINY)
     (tmp_path/"m.yaml").write_text(MANIFEST)
-    experiment(tmp_path, "blackbox", dict(dataset="toybirds", backbone="none", seed=40), "tiny.finish('blackbox', params, ['model.safetensors'], top1=50)")
+    experiment(tmp_path, "blackbox", dict(dataset="toybirds", backbone="none", seed=40), "tiny.finish('blackbox', params, ['model.safetensors'], f'weights of seed {seed}', top1=50)")
     experiment(tmp_path, "cub", dict(dataset="toybirds", backbone="none", weights="random", recipe="grounded", codebook_size=500, seed=40),
                "if codebook_size == 66: os._exit(9)", "if codebook_size == 99: print('asleep', flush=True); time.sleep(600)",
                "if codebook_size < 1: raise ValueError('codebook_size must be at least 1')", "tiny.finish('cub', params, top1=codebook_size / 10)")
@@ -244,6 +246,24 @@ def test_everything_runs_then_nothing_then_only_what_was_deleted(clone, rooms, c
     assert call() == 0 and sorted(rooms) == ["figure6", "table7"]                  # exactly the artefacts that it serves
     dates = {i: r["date"] for i, r in found_runs(rp.Plan("smoke", manifest="m.yaml").every).items()}
     assert {i for i, r in made.items() if r["date"] != dates[i]} == {"sweep/codebook_size=40"}   # exactly that row
+
+
+def test_another_black_box_makes_what_rests_on_it_run_again(clone, rooms, capsys):
+    assert call("--jobs", "2") == 0
+    first = found_runs(rp.Plan("smoke", manifest="m.yaml").every)
+    (clone/"m.yaml").write_text(MANIFEST.replace("experiment: blackbox,", "experiment: blackbox, params: {seed: 41},"))
+    assert todo() == ["box"]                                                       # what it will make is not known yet
+    rooms.clear(); capsys.readouterr()
+    assert call() == 0
+    out, now = capsys.readouterr().out, found_runs(rp.Plan("smoke", manifest="m.yaml").every)
+    assert "2 rows rest on weights that have been made anew: sweep/codebook_size=20, sweep/codebook_size=40" in out and "[3/3]" in out
+    assert {i for i in now if now[i]["date"] != first[i]["date"]} == {"box", "sweep/codebook_size=20", "sweep/codebook_size=40"}
+    assert now["sweep/codebook_size=20"]["weights"] == now["box"]["made"] == "weights of seed 41" and sorted(rooms) == ["figure6", "table3", "table7"]
+    assert todo() == [] and call() == 0
+    (now["box"]["folder"]/"model.safetensors").unlink(); (now["box"]["folder"]/"run.json").unlink(); (now["sweep/codebook_size=40"]["folder"]/"run.json").unlink()
+    assert call() == 0                                                             # the same black box again: only what is missing
+    again = found_runs(rp.Plan("smoke", manifest="m.yaml").every)
+    assert {i for i in now if now[i]["date"] != again[i]["date"]} == {"box", "sweep/codebook_size=40"}
 
 
 def test_force_runs_again_what_was_asked_for(clone, rooms):
