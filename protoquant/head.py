@@ -105,14 +105,14 @@ def presence_of(
     book = book.to(device)
     out = torch.empty(len(tokens), len(book))
     dirs = book.directions().T.contiguous()
-    per = max(1, budget // (4 * dirs.shape[1] * tokens.positions))
+    per = max(1, min(budget // (4 * dirs.shape[1] * tokens.positions), len(tokens)))
+    buffer = torch.empty(per * tokens.positions, dirs.shape[1], device=dirs.device)     # used again: fresh memory costs more time than the product
     with progress(None, "presence", len(tokens), "image", quiet) as bar:
         for rows, z in tokens.batches(per, device):
-            logit = (book.space.damped(z.flatten(0, 1)) @ dirs).div_(temperature)
+            logit = torch.mm(book.space.damped(z.flatten(0, 1)), dirs, out=buffer[:z.shape[0] * z.shape[1]]).div_(temperature)
             lse = _logsumexp(logit)
             top = logit[:, :len(book)].sub_(lse[:, None]).unflatten(0, (len(rows), -1)).amax(1)
             out[rows] = top.exp_().cpu(); bar.update(len(rows))
-            del logit                                     # before the next chunk takes its place
     return out
 
 # %% ../nbs/06_head.ipynb #06-head-024

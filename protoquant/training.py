@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .core import ConfigError, DataError, generator, progress, threads_for
 from .compat import import_timm
 from .features import Tokens
-from .codebook import (Codebook, Directions, Projection, Space, check_codebook_size, codebook_loss, mean_token, orthogonal_codes,
+from .codebook import (Codebook, Directions, Projection, Space, check_codebook_size, codebook_loss, mean_token, nearest_codes, orthogonal_codes,
                                  principal_space, project, spherical_kmeans, unit)
 from .head import NonNegLinear, presence_of, trainable_presence
 from .recipes import Recipe, batch_of
@@ -174,7 +174,7 @@ def _epoch_batches(tokens, recipe, gen, device):
 def _stage1_loss(book, z, target, tokens, head, recipe):
     "Eq. 4 and the task loss; assignments without gradient."
     flat = z.flatten(0, 1)
-    with torch.no_grad(): idx = torch.cat([book.assign(c) for c in flat.split(8192)])
+    idx = book.assign(flat)
     loss = recipe.codebook_weight * codebook_loss(flat, book.codes, idx, recipe.loss_mean)
     if recipe.task_weight:
         q = book.codes[idx].unflatten(0, z.shape[:2])
@@ -252,12 +252,12 @@ def codes_in_token_space(
 ) -> Tensor:              # (M, d)
     "Weighted mean token of each direction's group; the direction of a group's mean is that of its k-means centre."
     total, weight = torch.zeros(len(directions), tokens.d, device=device), torch.zeros(len(directions), device=device)
-    space, ct = space.to(device), directions.to(device).T
+    space, directions = space.to(device), directions.to(device)
     for _, z in tokens.batches(max(1, 8192 // tokens.positions), device):
         z = z.flatten(0, 1)
         x = space.project(z)
         length = x.norm(dim=1).clamp_min(1e-6)
-        idx = torch.cat([(b @ ct).argmax(1) for b in x.split(max(256, (16 << 20) // len(directions)))])
+        idx = nearest_codes(x, directions)[1]
         total.index_add_(0, idx, (z - space.center) / length[:, None]); weight.index_add_(0, idx, 1 / length)
     return (space.center + total / weight.clamp_min(1e-12)[:, None]).cpu()
 

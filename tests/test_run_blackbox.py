@@ -57,6 +57,7 @@ def test_a_frozen_experiment_takes_the_file(tmp, full):
     r = run(tmp, experiment="cub", weights=folder/"model.safetensors", epochs=None, warmup=None, micro_batch=None, codebook_size=12, topk=2, epochs_stage1=2, epochs_stage2=3)
     assert r.returncode == 0, r.stderr[-3000:]
     (_, cub), = records(tmp, "cub").items()
+    assert cub["weights"] == rec["made"]
     assert cub["metrics"]["top1_blackbox"] == pytest.approx(rec["metrics"]["top1_blackbox"], abs=100 / 6 + .1)      # stored features are in half precision
 
 
