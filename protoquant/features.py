@@ -80,10 +80,12 @@ def as_map(self: Tokens,
 
 @patch
 def subset(self: Tokens,
-    rows,          # indices of this view
+    rows,          # indices of this view, a slice or a mask
 ) -> Tokens:
-    "A view of some of the images; nothing is copied."
-    rows = np.asarray(rows)
+    "A view of some of the images; nothing is copied. Raises `StoreError` for rows that are not there."
+    rows = rows if isinstance(rows, slice) else np.asarray(rows, dtype=None if len(rows) else int)
+    try: rows = np.arange(len(self))[rows]
+    except IndexError as e: raise StoreError(f"there are {len(self)} images; the rows asked for do not fit ({e}).") from None
     return Tokens(self.array, self.labels[rows], self.grid, [self.ids[i] for i in rows], self.rows[rows])
 
 # %% ../nbs/04_features.ipynb #04-featu-009

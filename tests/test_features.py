@@ -294,6 +294,10 @@ def test_subsets_of_subsets_and_batches():
     t = F.Tokens(randn(9, 4, 3), torch.arange(9), (2, 2))
     s = t.subset([8, 3, 5]).subset([2, 0])
     assert s.labels.tolist() == [5, 8] and s.ids == ["5", "8"] and torch.equal(s.read(slice(None)), t.read([5, 8]))
+    mask = t.labels >= 7
+    assert t.subset(mask).ids == ["7", "8"] == t.subset(slice(7, None)).ids and len(t.subset([])) == 0 and t.subset([-1]).ids == ["8"]
+    for wrong in ([9], mask[:5], [1.5]):
+        with pytest.raises(StoreError, match="9 images"): t.subset(wrong)
     seen = torch.cat([r for r, _ in t.batches(2, shuffle=torch.Generator().manual_seed(1))])
     assert sorted(seen.tolist()) == list(range(9)) and seen.tolist() != list(range(9))
     torch.testing.assert_close(t.pooled(), t.read(slice(None)).mean(1))
