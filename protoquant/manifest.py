@@ -198,7 +198,7 @@ def rows_for(
     by, wanted = {r.id: r for r in rows}, {r.id for r in rows if only & set(r.serves)}
     todo = list(wanted) if needs else []
     while todo:
-        new = [a for a in needed(by[todo.pop()]) if a not in wanted]
+        new = [a for a in needed(by[todo.pop()]) if a in by and a not in wanted]
         wanted |= set(new); todo += new
     return [r for r in rows if r.id in wanted]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCORES', 'PGD', 'FEW', 'KS', 'THOUSAND', 'CELLS', 'PM', 'TOP1', 'TICKS', 'PROPERTIES', 'HEADS', 'SETS', 'LIMITED',
            'LAYOUTS', 'WHERE', 'HEADWORK', 'SHARED', 'TOY', 'INDICATION', 'SPLITS', 'EXTRA', 'PLAIN', 'DATA',
-           'GROUNDED', 'NOTES', 'LINE', 'NAMES', 'BEYOND', 'STEMS', 'TABLES', 'LATEX', 'STYLE', 'Cell', 'Layout',
-           'family', 'pointed_at', 'Table', 'render', 'readme_table']
+           'GROUNDED', 'NOTES', 'LINE', 'NAMES', 'BEYOND', 'STEMS', 'READ_AS', 'CHOICES', 'TABLES', 'LATEX', 'STYLE',
+           'Cell', 'Layout', 'family', 'pointed_at', 'Table', 'render', 'readme_table']
 
 # %% ../nbs/21_tables.ipynb #21-table-002
 import html, re
@@ -584,19 +584,24 @@ def _paper_table(name, scale, rows, runs):
     return Table(name, scale, f"Table {t}. {ARTEFACTS[name]}", frame, data.reindex(columns=DATA), about, mark.texts(), legend, block=block)
 
 # %% ../nbs/21_tables.ipynb #21-table-071
-BEYOND = dict(disagreements="One decision at a time is changed; everything else stays.", autosize="The size that a criterion picks on training images, beside the best size of the sweep.",
+BEYOND = dict(disagreements="One decision at a time is changed; everything else stays. Change: in points against the base (leaked released: against released; removed codes: against limited), in brackets its 95 % interval under a paired bootstrap, where there is one run.", autosize="The size that a criterion picks on training images, beside the best size of the sweep.",
               seeds="Differences in points, in brackets their 95 % interval under a paired bootstrap; how many seeds, or test images, would show such a difference in 80 % of all attempts.")
-STEMS = {"top1": ("top-1", 2), "codes": ("codes", 0), "difference": ("difference", 2), "sd_seeds": ("sd over seeds", 2), "sd_images": ("sd over images", 2), "seeds_needed": ("seeds needed", 0),
-         "images_needed": ("images needed", 0), "power": ("power", 2), "v_seed": ("variance of a seed", 2), "v_image": ("variance of the images", 2), "seconds": ("seconds", 1),
+STEMS = {"top1": ("top-1", 2), "delta": ("change", 2), "codes": ("codes", 0), "difference": ("difference", 2), "sd_seeds": ("sd over seeds", 2), "sd_images": ("sd over images", 2), "seeds_needed": ("seeds needed", 0),
+         "images_needed": ("images needed", 0), "power": ("power", 2), "v_seed": ("variance of a seed", 2), "v_image": ("variance of the images", 2),
+         "size": ("size", 0), "gap": ("points behind the best", 2), "val_top1": ("top-1, held out", 2), "criterion": ("criterion", 3), "behind_se": ("standard errors behind the lowest", 1), "seconds": ("seconds", 1),
          "value": ("value", 2)}   # columns in this order: heading, digits; 'value' is for metrics that begin with none of the others
+
+READ_AS = dict(chosen_size="size_chosen", best_size="size_best", gap="gap_chosen", held_out=None, n_seeds=None, stage1_trainings=None)   # metrics named the other way round, or said elsewhere
+CHOICES = dict(chosen="chosen", best="oracle: best on the test images", lowest="rule: lowest criterion", smallest="rule: smallest near the lowest", middle="rule: middle of those", accuracy="rule: best held-out accuracy",
+               largest="rule: largest of the sweep")
 
 def _split(names):
     "Metrics as {variant: {stem: name}}, by the longest stem that fits; ends of intervals are left to their number."
     names, out = list(names), {}
     for n in names:
-        if n.endswith(("_low", "_high")) and n.rpartition("_")[0] in names: continue
-        stem = next((s for s in sorted(STEMS, key=len, reverse=True) if n == s or n.startswith(f"{s}_")), None)
-        out.setdefault(n[len(stem) + 1:] if stem else n, {})[stem or "value"] = n
+        if n.endswith(("_low", "_high")) and n.rpartition("_")[0] in names or (read := READ_AS.get(n, n)) is None: continue
+        stem = next((s for s in sorted(STEMS, key=len, reverse=True) if read == s or read.startswith(f"{s}_")), None)
+        out.setdefault(read[len(stem) + 1:] if stem else read, {})[stem or "value"] = n
     return out
 
 # %% ../nbs/21_tables.ipynb #21-table-074
@@ -610,13 +615,14 @@ def _own_number(name, variant, stem, metric, records):
 
 def _own_text(r, several):
     "Its text: mean ± sd (n), or a value with its interval."
-    digits, sign = STEMS[r.metric][1], r.metric == "difference"
+    digits, sign = STEMS[r.metric][1], r.metric in ("difference", "delta")
     if digits == 0 and r.ours % 1: digits = 1
     ends = "" if pd.isna(r.low) or pd.isna(r.high) else f" [{_text(r.low, digits=digits, sign=sign)}, {_text(r.high, digits=digits, sign=sign)}]"
     return _text(r.ours, r.sd, r.n if several else None, digits, sign) + ends
 
 def _variant(name, variant, record):
     "A variant as words; of two recipes: their difference, for a seed or for a number of points."
+    if name == "autosize": return CHOICES.get(variant) or re.sub(r"^M(\d+)$", r"\1 codes", variant)
     pair = re.fullmatch(r"(.+?)_(?:s(\d+)|([\d.]+))", variant)
     base, seed, points = pair.groups() if pair and name == "seeds" else (variant, None, None)
     recipes = str(record["parameters"].get("recipes") or "").replace(" ", "").split(",")
