@@ -385,7 +385,7 @@ def load_runs(
 
 def _row(folder, r):
     "One record, flat."
-    about = {k: r.get(k) for k in ("experiment", "key", "scale", "crop", "hardware", "seconds", "date")}
+    about = {k: r.get(k) for k in ("experiment", "key", "scale", "crop", "hardware", "peak_gib", "seconds", "date")}
     n = {f"n_{k}": v for k, v in r["n_images"].items()}
     return {**about, **r["parameters"], **r["metrics"], **n, "commit": r["git"].get("commit"), "folder": str(folder)}
 
