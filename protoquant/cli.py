@@ -260,10 +260,11 @@ def find_run(
     "A complete run with these parameters."
     from protoquant.results import public_parameters, records, what_was_run
     what = lambda p: (what_was_run(p), public_parameters(p).get("weights"))
+    wanted = what(params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")               # a damaged record is not the run that is looked for
         found = [(r["date"], folder) for folder, r in records(output_dir, experiment)
-                 if what(r["parameters"]) == what(params) and all(r.get(k) == v for k, v in same.items()) and all((folder/a).exists() for a in artefacts)]
+                 if what(r["parameters"]) == wanted and all(r.get(k) == v for k, v in same.items()) and all((folder/a).exists() for a in artefacts)]
     return max(found)[1] if found else None
 
 # %% ../nbs/15_cli.ipynb #15-cli-030
@@ -290,7 +291,7 @@ def require(
     if folder is None: raise ConfigError(f"the run of {experiment} that this needs ended without a complete record; see {_aside(out)}")
     return folder
 
-# %% ../nbs/15_cli.ipynb #new-15_cli-1-58417578
+# %% ../nbs/15_cli.ipynb #15-cli-031-2
 def require_model(
     params: dict,           # of the experiment; those that `run_cub` has too say which model
     data,                   # `datasets.DataSet` of the experiment

@@ -79,7 +79,7 @@ def hardware(
     import platform
     return f"{name or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
-# %% ../nbs/00_core.ipynb #new-00_core-1-58477109
+# %% ../nbs/00_core.ipynb #00-core-014-2
 def peak_memory() -> float:   # GiB; `None` where the system does not say
     "Largest resident memory of this process so far."
     try: import resource

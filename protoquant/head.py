@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .core import ConfigError, progress
 from .features import Tokens
-from .codebook import Codebook
+from .codebook import Codebook, Product
 
 # %% ../nbs/06_head.ipynb #06-head-005
 def check_temperature(
@@ -105,11 +105,10 @@ def presence_of(
     book = book.to(device)
     out = torch.empty(len(tokens), len(book))
     dirs = book.directions().T.contiguous()
-    per = max(1, min(budget // (4 * dirs.shape[1] * tokens.positions), len(tokens)))
-    buffer = torch.empty(per * tokens.positions, dirs.shape[1], device=dirs.device)     # used again: fresh memory costs more time than the product
+    per, product = max(1, budget // (4 * dirs.shape[1] * tokens.positions)), Product()
     with progress(None, "presence", len(tokens), "image", quiet) as bar:
         for rows, z in tokens.batches(per, device):
-            logit = torch.mm(book.space.damped(z.flatten(0, 1)), dirs, out=buffer[:z.shape[0] * z.shape[1]]).div_(temperature)
+            logit = product(book.space.damped(z.flatten(0, 1)), dirs).div_(temperature)
             lse = _logsumexp(logit)
             top = logit[:, :len(book)].sub_(lse[:, None]).unflatten(0, (len(rows), -1)).amax(1)
             out[rows] = top.exp_().cpu(); bar.update(len(rows))

@@ -372,7 +372,7 @@ def what_was_run(
     "Parameters by which two runs of an experiment are the same; weights, which are known by their hash, are not among them."
     return {k: v for k, v in public_parameters(params).items() if k not in PLACES and v is not None}
 
-# %% ../nbs/14_results.ipynb #new-14_results-0-12078436
+# %% ../nbs/14_results.ipynb #14-resul-047-1
 def load_runs(
     output_dir="results",    # see `results_dir`
     experiment: str = None,  # only this one

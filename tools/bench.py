@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from protoquant import backbones, datasets, features
+from protoquant import backbones, core, datasets, features
 from protoquant.codebook import Codebook, Directions, Space, mean_token, spherical_kmeans, unit
 from protoquant.core import generator, write_json
 from protoquant.features import FeatureStore, Tokens, extract
@@ -197,7 +196,7 @@ def fit_large(m, n_images, d, passes, folder, seed=40):
     t = Tokens(np.load(Path(folder)/"tokens.npy", mmap_mode="r"), torch.zeros(n_images), (7, 7))
     codes, seconds = timed(codes_by_kmeans, t, m, get_recipe("grounded", epochs_stage1=passes), Space(d, mean_token(t)), seed)
     assert codes.book.codes.shape == (m, d) and codes.projection is not None
-    return dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), seconds=seconds)
+    return dict(peak=core.peak_memory() * 2**30, seconds=seconds)
 
 
 def peak_memory(m=4000, n_images=6000, d=768, passes=2, folder=None):
